@@ -1,0 +1,349 @@
+"""Vision Transformers for small images: the layers and the models, each written out in plain PyTorch.
+
+From leaf to root: DropPath, LayerScale, Attention, MLP, Block, PatchEmbed, Encoder, ViT; then BasicBlock, ResNet18 and
+Hybrid (a ResNet-18 trunk whose feature map becomes the tokens of the same encoder). `build_model` makes one by name.
+Every class needs torch alone, or says which classes of this file it builds on: copy those along.
+
+    from model import ViT
+    logits = ViT(dim=384, depth=7, num_heads=6)(images)  # images (B, 3, 32, 32) float, normalised; logits (B, 10)
+
+Letters in the shape comments:
+    B  images in the batch          N  tokens of an image, as they enter     H  attention heads
+    C  channels, as they enter      D  width of a token                      E  width of one head, D / H
+    S  side of a square image       M  width of the MLP's hidden layer       K  classes
+    P  side of a square patch       O  channels, as they leave               R  side of a feature map, as it leaves
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def require(condition, message):
+    """Raise a ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: leave a residual branch out, for a random part of the images (Huang et al. 2016, 1603.09382).
+
+    x (B, ...) of any float dtype -> the same shape and dtype. In training each image loses its branch with
+    probability `rate`, drawn anew for every image and call, and the others are scaled by 1 / (1 - rate), so that the
+    expected value is what evaluation computes, where nothing happens. ValueError unless 0 <= rate < 1.
+    """
+
+    def __init__(self, rate=0.0):
+        super().__init__()
+        require(0 <= rate < 1, f"the drop_path rate must be at least 0 and below 1, not {rate}")
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        # A product and not an `if` per image: the branch is computed all the same, and no shape depends on the draw.
+        return x * keep.to(x.dtype) / (1 - self.rate)
+
+    def extra_repr(self):
+        return f"rate={self.rate}"
+
+
+class LayerScale(nn.Module):
+    """gamma: one learned factor per channel on a residual branch (CaiT, Touvron et al. 2021, 2103.17239).
+
+    x (..., D) -> the same shape. All D factors start at `init`. A small start (1e-4) makes every block begin as the
+    identity, which lets deep encoders train; 1 starts them as a plain pre-norm Transformer.
+    """
+
+    def __init__(self, dim, init=1e-4):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(E)) v in every head (Vaswani et al. 2017, 1706.03762).
+
+    x (B, N, D) -> (B, N, D); with `return_weights` also the attention weights (B, H, N, N), whose rows sum to one.
+    ValueError unless dim is divisible by num_heads.
+    """
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        require(dim % num_heads == 0, f"the width {dim} is not divisible by {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)  # queries, keys and values in one product
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, return_weights=False):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, H, E)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E)
+        # The fused kernel never writes the N x N weights to memory, and never gets a mask: there is nothing to hide.
+        # Its backward pass is slow on CPUs, where training takes the explicit path.
+        if not return_weights and (x.device.type != "cpu" or not self.training):
+            out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
+        else:
+            # The root of the head's width, not of the model's: q . k of unit-variance vectors has variance E.
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+            weights = scores.softmax(dim=-1)
+            out = weights.to(v.dtype) @ v  # (B, H, N, E)
+        out = self.proj(out.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
+        return (out, weights) if return_weights else out
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, on every token by itself. x (..., D) -> (..., D)."""
+
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        x = self.act(self.fc1(x))  # (B, N, M)
+        return self.fc2(x)  # (B, N, D)
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block. Builds on Attention, MLP, LayerScale and DropPath.
+
+    x (B, N, D) -> (B, N, D): x + drop_path(gamma * attention(norm(x))), then the same with the MLP. Normalising
+    inside the branch leaves the sum itself untouched, so the gradient reaches every block undiminished (Xiong et al.
+    2020, 2002.04745). `gamma_init=None` leaves gamma out.
+    """
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1e-4):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.gamma1 = nn.Identity() if gamma_init is None else LayerScale(dim, gamma_init)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.gamma2 = nn.Identity() if gamma_init is None else LayerScale(dim, gamma_init)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.gamma1(self.attn(self.norm1(x))))
+        x = x + self.drop_path(self.gamma2(self.mlp(self.norm2(x))))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into P x P patches and project each to a token (Dosovitskiy et al. 2021, 2010.11929).
+
+    images (B, C, S, S) -> tokens (B, N, D) with N = (S / P)^2, row by row. The same numbers as a convolution with
+    kernel and stride P, written as what it is: one matrix product. ValueError unless S is divisible by P.
+    """
+
+    def __init__(self, image_size=32, patch_size=4, in_channels=3, dim=384):
+        super().__init__()
+        require(image_size % patch_size == 0,
+                f"the image side {image_size} is not divisible by the patch size {patch_size}")
+        self.patch_size = patch_size
+        self.num_tokens = (image_size // patch_size) ** 2
+        fan_in = in_channels * patch_size**2
+        self.proj = nn.Linear(fan_in, dim)
+        # Normalised pixels have unit variance; so should tokens, or the position embeddings' scale means nothing.
+        nn.init.trunc_normal_(self.proj.weight, std=fan_in**-0.5)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, images):
+        B, C, S, _ = images.shape
+        P = self.patch_size
+        x = images.view(B, C, S // P, P, S // P, P)  # (B, C, S/P, P, S/P, P)
+        x = x.permute(0, 2, 4, 1, 3, 5)  # (B, S/P, S/P, C, P, P)
+        x = x.reshape(B, self.num_tokens, C * P * P)  # (B, (S/P)**2, C*P*P)
+        return self.proj(x)  # (B, (S/P)**2, D)
+
+
+class Encoder(nn.Module):
+    """Tokens in, one feature vector per image out. Builds on Block.
+
+    x (B, N, D) -> (B, D): adds learned position embeddings (and a class token in front, with pool="cls"), runs `depth`
+    blocks and a final LayerNorm, and takes the class token, or the mean over all tokens (pool="mean").
+    The DropPath rate grows linearly with depth, from 0 in the first block to `drop_path` in the last.
+    encoder="builtin" puts torch's nn.TransformerEncoder in the place of our blocks: pre-norm and GELU as well, but
+    without gamma and DropPath. ValueError for an unknown pool or encoder, or for options that "builtin" does not have.
+    """
+
+    def __init__(self, num_tokens, dim, depth, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1e-4,
+                 pool="mean", encoder="explicit"):
+        super().__init__()
+        require(pool in ("cls", "mean"), f"unknown pool {pool!r}: choose cls or mean")
+        require(encoder in ("explicit", "builtin"), f"unknown encoder {encoder!r}: choose explicit or builtin")
+        require(depth >= 1, f"the encoder needs a depth of at least 1, not {depth}")
+        require(dim % num_heads == 0, f"the width {dim} is not divisible by {num_heads} heads")
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + (pool == "cls"), dim))
+        if encoder == "explicit":
+            rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+            self.blocks = nn.Sequential(*[Block(dim, num_heads, mlp_ratio, rate, gamma_init) for rate in rates])
+        else:
+            require(not drop_path and gamma_init is None,
+                    "torch's built-in encoder has no DropPath and no gamma: set drop_path=0 and gamma_init=None")
+            layer = nn.TransformerEncoderLayer(dim, num_heads, int(dim * mlp_ratio), dropout=0.0, activation="gelu",
+                                               batch_first=True, norm_first=True)
+            self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(dim)
+        self.init_weights(depth)
+
+    def init_weights(self, depth):
+        """Matrices and embeddings from a normal of standard deviation 0.02, biases zero, norms as they are.
+
+        0.02 keeps a branch's output well below its input at every width used here. Each block adds two branches to the
+        same sum; with their last layers divided by sqrt(2 * depth) the sum's variance does not grow with depth (GPT-2).
+        """
+        for name, parameter in self.named_parameters():
+            last = name.endswith(("proj.weight", "fc2.weight", "linear2.weight"))  # of a branch, in either encoder
+            if parameter.ndim >= 2:
+                nn.init.trunc_normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if last else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x):
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N+1, D)
+        x = self.norm(self.blocks(x + self.pos_embed))
+        return x.mean(dim=1) if self.cls_token is None else x[:, 0]  # (B, D)
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al. 2021, 2010.11929). Builds on PatchEmbed and Encoder.
+
+    images (B, C, S, S), float, normalised -> logits (B, K). The options are those of PatchEmbed and Encoder.
+    """
+
+    def __init__(self, num_classes=10, image_size=32, in_channels=3, patch_size=4, dim=384, depth=7, num_heads=6,
+                 **options):
+        super().__init__()
+        self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, dim)
+        self.encoder = Encoder(self.patch_embed.num_tokens, dim, depth, num_heads, **options)
+        self.head = classifier(dim, num_classes)
+
+    def forward(self, images):
+        x = self.patch_embed(images)  # (B, (S/P)**2, D)
+        x = self.encoder(x)  # (B, D)
+        return self.head(x)  # (B, K)
+
+
+def classifier(dim, num_classes):
+    """The last linear layer, (B, D) -> (B, K). It starts at zero: all classes equally likely, a loss of ln K."""
+    head = nn.Linear(dim, num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al. 2016, 1512.03385, figure 5). Needs torch alone.
+
+    x (B, C, S, S) -> (B, O, R, R); R is S, or S / 2 with downsample="stride" or "pool". "stride" is ResNet's own:
+    the first convolution steps over every other pixel. "pool" computes it everywhere and keeps the largest of each
+    2 x 2: four times the arithmetic in that layer. ValueError for another downsample.
+    """
+
+    def __init__(self, in_channels, out_channels, downsample=None):
+        super().__init__()
+        require(downsample in (None, "stride", "pool"), f"unknown downsample {downsample!r}: choose stride or pool")
+        stride = 2 if downsample == "stride" else 1
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.pool = nn.MaxPool2d(2) if downsample == "pool" else nn.Identity()
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        if downsample is None and in_channels == out_channels:
+            self.shortcut = nn.Identity()
+        else:
+            pool = nn.MaxPool2d(2) if downsample == "pool" else nn.Identity()
+            conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(pool, conv, nn.BatchNorm2d(out_channels))
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.norm2.weight)  # the block starts as its shortcut, as if the network were shallow
+
+    def forward(self, x):
+        y = F.relu(self.norm1(self.pool(self.conv1(x))))  # (B, O, R, R)
+        y = self.norm2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))  # (B, O, R, R)
+
+
+def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2), downsample="stride"):
+    """The convolutional part of a ResNet for small images, as an nn.Sequential. Builds on BasicBlock.
+
+    images (B, C, S, S) -> features (B, O, R, R) with O = widths[-1] and R = S / 2^(stages - 1). The CIFAR stem: a 3x3
+    convolution at full resolution and no max-pooling. Stage i has depths[i] blocks of widths[i] channels, and each
+    stage but the first halves the side. ValueError unless there is one depth per width, and a block wherever the
+    side halves.
+    """
+    require(len(widths) == len(depths) and all(depths[1:]), f"widths {widths} and depths {depths} do not fit together")
+    stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    channels = widths[0]
+    for stage, (width, depth) in enumerate(zip(widths, depths)):
+        for block in range(depth):
+            layers.append(BasicBlock(channels, width, downsample if block == 0 and stage > 0 else None))
+            channels = width
+    return nn.Sequential(*layers)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with the CIFAR stem (He et al. 2016, 1512.03385). Builds on resnet_trunk and classifier.
+
+    images (B, C, S, S), float, normalised -> logits (B, K). `widths`, `depths` and `downsample` shrink it for a CPU.
+    """
+
+    def __init__(self, num_classes=10, in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
+                 downsample="stride"):
+        super().__init__()
+        self.trunk = resnet_trunk(in_channels, widths, depths, downsample)
+        self.head = classifier(widths[-1], num_classes)
+
+    def forward(self, images):
+        x = self.trunk(images)  # (B, O, R, R)
+        x = x.mean(dim=(2, 3))  # (B, O)
+        return self.head(x)  # (B, K)
+
+
+class Hybrid(nn.Module):
+    """A ResNet-18 trunk whose feature map becomes the tokens of a Transformer. Builds on resnet_trunk and Encoder.
+
+    images (B, C, S, S), float, normalised -> logits (B, K). By default the trunk is the first three stages of
+    ResNet-18: 32 x 32 pixels become 8 x 8 features of 256 channels, 64 tokens like those of a ViT with patch size 4,
+    but each sees a wide neighbourhood. The convolutions find local patterns, attention relates them across the image.
+    ValueError unless S is divisible by the trunk's stride.
+    """
+
+    def __init__(self, num_classes=10, image_size=32, in_channels=3, widths=(64, 128, 256), depths=(2, 2, 2),
+                 downsample="stride", dim=256, depth=6, num_heads=4, **options):
+        super().__init__()
+        stride = 2 ** (len(widths) - 1)
+        require(image_size % stride == 0,
+                f"the image side {image_size} is not divisible by the trunk's stride {stride}")
+        self.trunk = resnet_trunk(in_channels, widths, depths, downsample)
+        self.proj = nn.Linear(widths[-1], dim)  # a 1x1 convolution: the same matrix on every position
+        nn.init.trunc_normal_(self.proj.weight, std=widths[-1] ** -0.5)
+        nn.init.zeros_(self.proj.bias)
+        self.encoder = Encoder((image_size // stride) ** 2, dim, depth, num_heads, **options)
+        self.head = classifier(dim, num_classes)
+
+    def forward(self, images):
+        x = self.trunk(images)  # (B, O, R, R)
+        x = x.flatten(2).transpose(1, 2)  # (B, R*R, O)
+        x = self.proj(x)  # (B, R*R, D)
+        x = self.encoder(x)  # (B, D)
+        return self.head(x)  # (B, K)
+
+
+MODELS = {"vit": ViT, "hybrid": Hybrid, "resnet18": ResNet18}
+
+
+def build_model(name, **options):
+    """The model of that name (vit, hybrid or resnet18) with the options of its class. ValueError for another name."""
+    require(name in MODELS, f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    return MODELS[name](**options)
