@@ -179,7 +179,7 @@ def load_folder(data_dir):
 SHAPES = ("bar", "bowtie", "crescent", "disc", "frame", "plus", "ring", "square", "star", "triangle")
 
 
-def load_shapes(num_train=5000, num_test=1000, seed=0):
+def load_shapes(num_train=4000, num_test=1000, seed=0):
     """Ten classes of drawn figures, made on the spot: any place, size, turn and colour, over textured, noisy grounds.
 
     The same images for the same seed. No download: for tests and first tries.
@@ -415,7 +415,9 @@ TRIVIAL_OPS = ("identity", "shear_x", "shear_y", "translate_x", "translate_y", "
 
 
 def trivial_augment(images, probability):
-    """TrivialAugment: with that probability, one operation of random kind and strength (Müller & Hutter 2021, 2103.10158).
+    """TrivialAugment: with that probability, one operation of random kind and strength.
+
+    Müller & Hutter 2021, 2103.10158.
 
     images float (B, C, S, S), 0 to 1 -> the same. The operations and their ranges are the paper's ("wide"), except
     that an image is shifted by at most half its side, not by all of it. All operations are computed for the whole

@@ -1,0 +1,304 @@
+"""train.py: the command line, the schedule, the optimizers, and whole runs on the shapes data set."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import data
+import train
+from model import build_model
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--dataset", "shapes", "--model", "vit", "--dim", "32", "--depth", "2", "--heads", "2", "--compile", "off"]
+
+
+def config(*flags):
+    return train.resolve(train.parse_config(argv=list(flags)))
+
+
+def run(tmp_path, *flags):
+    """One small run in this process. Returns its accuracy and its log."""
+    settings = config(*SMALL, "--out", str(tmp_path), *flags)
+    accuracy = train.run(settings)
+    return accuracy, [json.loads(line) for line in open(tmp_path / settings.name / "log.jsonl")]
+
+
+def command_line(*flags, **options):
+    return subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True, **options)
+
+
+def same(a, b):
+    """Whether two nested containers are equal, tensors to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ---- Config
+
+def test_every_field_is_a_flag_with_help_and_is_read():
+    text = " ".join(command_line("--help").stdout.split())
+    source = (ROOT / "train.py").read_text()
+    for field in dataclasses.fields(train.Config):
+        assert f"--{field.name.replace('_', '-')} " in text and field.metadata["help"] in text, field.name
+        assert re.search(rf"\bconfig\.{field.name}\b", source), f"nothing reads {field.name}"
+
+
+def test_presets_fill_what_the_command_line_leaves_open():
+    tiny = config("--size", "tiny", "--device", "cpu", "--epochs", "7")
+    assert (tiny.epochs, tiny.dim) == (7, train.PRESETS["vit", "tiny"]["dim"])
+    assert config("--device", "cpu").size == "tiny"
+    basic = config("--size", "base", "--recipe", "basic")
+    assert basic.mixup == basic.cutmix == basic.label_smoothing == basic.drop_path == basic.ema == 0
+    assert config("--size", "base", "--recipe", "basic", "--mixup", "0.3").mixup == 0.3
+    assert config("--gamma-init", "none").gamma_init is None
+    builtin = config("--size", "base", "--encoder", "builtin")
+    assert builtin.gamma_init is None and builtin.drop_path == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--modle", "vit"], "--modle"), (["--model", "vgg"], "vgg"), (["--epochs", "0"], "--epochs"),
+    (["--lr", "-1"], "--lr"), (["--label-smoothing", "1.5"], "--label-smoothing"), (["--epochs", "three"], "three"),
+    (["--heads", "7"], "7 heads"), (["--patch-size", "5"], "patch size 5"), (["--model", "resnet18", "--dim", "8"], "--dim"),
+    (["--batch-size", "100000"], "--batch-size"), (["--hold-out", "7"], "7"), (["--resume", "--name", "none"], "last.pt"),
+    (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"), (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
+    (["--amp", "fp16"], "Muon"), (["--out", "/dev/null"], "--out"),
+] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
+def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--size", "tiny", "--dataset", "shapes", *flags])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    message = capsys.readouterr().err or str(end.value.code)
+    assert end.value.code not in (0, None) and message.startswith("error: ") and words in message
+    assert "\n" not in message.strip() and not list(tmp_path.rglob("*.pt"))
+
+
+def test_the_exit_status_and_stderr_of_a_real_process(tmp_path):
+    (tmp_path / "taken").mkdir()
+    result = command_line(*SMALL, "--out", tmp_path, "--name", "taken")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ") and "--overwrite" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not list((tmp_path / "taken").iterdir())
+
+
+def test_out_of_memory_names_the_flag_to_lower():
+    def fail(_):
+        raise torch.OutOfMemoryError
+    with pytest.raises(SystemExit, match="--batch-size"):
+        train.main(start=fail, config_class=dataclasses.make_dataclass("Empty", []))
+
+
+# ---- Schedule and optimizers
+
+def test_the_schedule_at_its_corners():
+    lr = [train.lr_at(step, total_steps=100, warmup_steps=10, peak=2.0) for step in range(100)]
+    assert lr[0] == pytest.approx(0.2) and lr[9] == pytest.approx(2.0) and lr[10] == pytest.approx(2.0)
+    assert lr[55] == pytest.approx(1.0) and 0 < lr[99] < 0.001
+    assert all(a < b for a, b in zip(lr[:9], lr[1:10])) and all(a > b for a, b in zip(lr[10:], lr[11:]))
+    assert train.lr_at(0, 10, 0, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("name, encoder", [("vit", "explicit"), ("hybrid", "explicit"), ("vit", "builtin")])
+def test_only_what_multiplies_is_decayed_and_muon_gets_only_what_is_inside(name, encoder):
+    gamma = 1.0 if encoder == "explicit" else None
+    model = build_model(name, dim=16, depth=1, num_heads=2, pool="cls", encoder=encoder, gamma_init=gamma)
+    inner, outer, rest = ({n for n, p in model.named_parameters() if any(p is q for q in group)}
+                          for group in train.split_parameters(model))
+    assert inner | outer | rest == {n for n, _ in model.named_parameters()} and not inner & outer and not outer & rest
+    assert outer == {"head.weight", "trunk.0.weight" if name == "hybrid" else "patch_embed.proj.weight"}
+    for word in ("bias", "norm", "gamma", "pos_embed", "cls_token"):
+        assert not any(word in n for n in inner | outer), word
+    assert len([n for n in inner if n.startswith("encoder.")]) == 4  # qkv, proj, fc1, fc2
+
+
+def test_muon_moves_a_kernel_as_it_moves_the_matrix_of_its_patches():
+    conv = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last)
+    matrix = nn.Parameter(conv.weight.detach().permute(0, 2, 3, 1).reshape(6, 36).clone())
+    ours = train.Muon([conv.weight], lr=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    theirs = torch.optim.Muon([matrix], lr=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        conv.weight.grad = torch.randn(6, 4, 3, 3)
+        matrix.grad = conv.weight.grad.permute(0, 2, 3, 1).reshape(6, 36)
+        ours.step(), theirs.step()
+    torch.testing.assert_close(conv.weight.detach().permute(0, 2, 3, 1).reshape(6, 36), matrix.detach())
+
+
+def test_the_moving_average_is_the_hand_sum_and_takes_the_batchnorm_statistics_along():
+    model, averaged = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for tensor in (model.weight.data, model.running_mean):
+        tensor.fill_(5)
+    train.update_average(averaged, model, 0.9)
+    torch.testing.assert_close(averaged.weight.data, torch.full((3,), 0.9 * 1 + 0.1 * 5))
+    torch.testing.assert_close(averaged.running_mean, torch.full((3,), 0.5))
+
+
+def test_flops_are_those_of_the_formula():
+    L, N, d, r, K = 4, 64, 256, 2, 10
+    mac = L * N * (4 + 2 * r) * d**2 + 2 * L * N**2 * d + N * 48 * d + d * K
+    options = train.model_options(config("--size", "tiny"), 10)
+    assert train.count_flops("vit", options, (3, 32, 32)) == pytest.approx(2 * mac, rel=0.001)
+
+
+# ---- Runs
+
+def test_a_run_learns_logs_and_keeps_a_model_that_loads(tmp_path, capsys):
+    accuracy, log = run(tmp_path, "--epochs", "2", "--name", "a", "--label-smoothing", "0.1", "--ema", "0.9")
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"test accuracy {accuracy:.4f} \(last epoch, no TTA\) in \d+ s, {tmp_path}/a/model.pt", printed[-1])
+    start, *epochs, end = log
+    assert [line["event"] for line in log] == ["start", "epoch", "epoch", "end"]
+    assert start["config"]["label_smoothing"] == 0.1 and start["data"]["train"] == 4000 and start["torch"] == torch.__version__
+    floor = -(0.91 * math.log(0.91) + 9 * 0.01 * math.log(0.01))
+    for line in epochs:
+        assert line["loss_floor"] == pytest.approx(floor, abs=1e-4) and line["train_loss"] > floor
+    assert end["test_accuracy"] == accuracy == epochs[-1]["accuracy"] and end["peak_memory_bytes"] > 1e8
+
+    model, about = train.load_model(tmp_path / "a" / "model.pt")
+    shapes = data.load_dataset("shapes")
+    images = (shapes.test_images.float() / 255 - about["mean"]) / about["std"]
+    found = (model(images).argmax(1) == shapes.test_labels).float().mean().item()
+    assert found == pytest.approx(accuracy, abs=0.02)  # bf16 there, float32 here
+    assert about["classes"] == shapes.classes
+
+
+def test_loss_falls_and_accuracy_rises(tmp_path):
+    _, log = run(tmp_path, "--epochs", "8", "--lr", "5e-3", "--name", "b", "--patch-size", "8", "--batch-size", "100")
+    epochs = [line for line in log if line["event"] == "epoch"]
+    assert epochs[-1]["train_loss"] < epochs[0]["train_loss"] - 0.1 and epochs[-1]["accuracy"] > 0.2
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_same_seed_gives_the_same_bits(tmp_path, amp):
+    flags = ["--epochs", "1", "--patch-size", "8", "--drop-path", "0.2", "--mixup", "1", "--cutmix", "1", "--amp", amp]
+    weights = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run(tmp_path, "--name", name, "--seed", seed, *flags)
+        weights.append(train.load(tmp_path / name / "model.pt")["state_dict"])
+    assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
+
+
+def test_a_run_stopped_by_ctrl_c_and_resumed_ends_with_the_same_bits(tmp_path):
+    flags = [*SMALL, "--epochs", "3", "--patch-size", "8", "--drop-path", "0.2", "--mixup", "1", "--ema", "0.99",
+             "--batch-size", "50", "--out", str(tmp_path)]
+    whole = command_line(*flags, "--name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--name", "cut"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:  # wait for the first epoch's line, then some way into the second
+        if line.split()[0] == "1":
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert "--resume" in process.stdout.read() and process.wait() == 130
+    step = train.load(tmp_path / "cut" / "last.pt")["step"]
+    assert step < 240
+    refused = command_line(*flags, "--name", "cut", "--resume", "--lr", "1")
+    assert refused.returncode == 1 and "--lr 0.002 -> 1.0" in refused.stderr
+    resumed = command_line(*flags, "--name", "cut", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole, cut = (train.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    for key in ("model", "averaged", "optimizers", "losses", "step"):
+        assert same(whole[key], cut[key]), key
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    def broken(logits, targets, images):
+        broken.step += 1
+        return train.cross_entropy(logits, targets, images) * (math.nan if broken.step == 20 else 1)
+    broken.step = -1
+    settings = config(*SMALL, "--out", str(tmp_path), "--name", "nan", "--epochs", "3")  # 16 steps an epoch
+    with pytest.raises(data.InputError, match="nan at step 20"):
+        train.run(settings, broken)
+    checkpoint = train.load(tmp_path / "nan" / "last.pt")
+    assert checkpoint["step"] == 16 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_no_broken_file(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes a file may have
+    result = command_line(*SMALL, "--epochs", "1", "--out", tmp_path, "--name", "full", preexec_fn=limit)
+    assert result.returncode == 1 and "disk" in result.stderr and "Traceback" not in result.stderr
+    assert [f.name for f in (tmp_path / "full").iterdir()] == ["log.jsonl"]
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path):
+    run(tmp_path, "--name", "a", "--epochs", "1", "--patch-size", "16")
+    whole = (tmp_path / "a" / "model.pt").read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"not a checkpoint", whole[:-100]):
+        (tmp_path / "broken.pt").write_bytes(content)
+        with pytest.raises(data.InputError, match="broken.pt"):
+            train.load_model(tmp_path / "broken.pt")
+    with pytest.raises(data.InputError, match="last.pt"):
+        train.load_model(tmp_path / "a" / "last.pt")
+
+
+def test_hold_out_is_what_is_measured_and_said(tmp_path, capsys):
+    _, log = run(tmp_path, "--name", "h", "--epochs", "1", "--hold-out", "500", "--patch-size", "16")
+    assert log[0]["data"]["train"] == 3500 and log[-1]["test_accuracy"] is None and log[-1]["hold_out_accuracy"] is not None
+    assert capsys.readouterr().out.splitlines()[-1].startswith("hold-out accuracy")
+
+
+def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data.torchvision.datasets.CIFAR10, "download", unreachable)
+    _, log = run(tmp_path, "--name", "f", "--epochs", "1", "--patch-size", "16", "--dataset", "auto")
+    lines = capsys.readouterr().out.splitlines()
+    assert any("shapes data set" in line for line in lines[:2]) and "shapes data set" in lines[-1]
+    assert log[0]["data"]["name"] == "shapes" and log[0]["data"]["fell_back"]
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_nothing_is_compiled_after_the_first_epoch_and_checkpoints_keep_their_names(tmp_path):
+    from torch._dynamo.utils import counters
+    graphs = []
+    for epochs in ("1", "3"):
+        torch._dynamo.reset(), counters.clear()
+        run(tmp_path, "--name", epochs, "--epochs", epochs, "--compile", "on", "--patch-size", "8", "--batch-size", "300",
+            "--drop-path", "0.1", "--ema", "0.9")
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == 2  # one for training, one for evaluation
+    names = train.load(tmp_path / "3" / "last.pt")["model"].keys()
+    assert not any("_orig_mod" in name for name in names)
+
+
+@pytest.mark.skipif(not os.path.isdir(os.path.join(os.environ.get("DATA_DIR", ""), "cifar-10-batches-py")),
+                    reason="needs $DATA_DIR with cifar-10-batches-py")
+def test_the_hybrid_passes_40_percent_on_cifar10_in_fifteen_seconds_of_training(tmp_path):
+    dataset = data.load_dataset("cifar10")
+    few = dataclasses.replace(dataset, train_images=dataset.train_images[:6000], train_labels=dataset.train_labels[:6000],
+                              test_images=dataset.test_images[:1000], test_labels=dataset.test_labels[:1000])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_dataset", lambda *_: few)
+        settings = config("--model", "hybrid", "--size", "tiny", "--epochs", "1", "--batch-size", "100", "--out", str(tmp_path))
+        assert train.run(settings) > 0.4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model, size", [("vit", "base"), ("hybrid", "base"), ("resnet18", "base"), ("hybrid", "tiny")])
+@pytest.mark.parametrize("amp", ["bf16", "off"])
+def test_every_model_trains_on_a_gpu(tmp_path, model, size, amp):
+    settings = config("--dataset", "shapes", "--model", model, "--size", size, "--epochs", "3", "--amp", amp, "--device", "cuda",
+                      "--batch-size", "200", "--out", str(tmp_path), "--warmup", "0.5")
+    train.run(settings)
+    losses = [json.loads(line)["train_loss"] for line in open(tmp_path / settings.name / "log.jsonl") if '"epoch"' in line]
+    assert losses[-1] < losses[0]

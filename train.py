@@ -1,0 +1,631 @@
+"""Train a Vision Transformer, a ResNet-18 + Transformer hybrid or a ResNet-18 from scratch on CIFAR-10.
+
+    python train.py --model hybrid        the README's first number
+    python train.py --help                every option, with its default
+
+From top to bottom: Config and its presets, the schedule, the optimizers, evaluation, checkpoints, and `run`, the loop
+itself. A run writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt (the
+weights, and what it takes to rebuild the model).
+"""
+
+import time
+
+START = time.perf_counter()  # before torch is imported, so that the seconds of a run are those of the clock on the wall
+
+import argparse
+import copy
+import dataclasses
+import errno
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from data import DATASETS, InputError, entropy, load_dataset, test_batches, train_batches
+from model import MODELS, build_model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+def option(default, help, choices=None, low=None, high=None):
+    """A field of Config: its default (None: the preset's), its help, and the values allowed (low and high included)."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+
+
+def number_or_none(text):
+    return {"none": None, "preset": "preset"}[text] if text in ("none", "preset") else float(text)
+
+
+@dataclass
+class Config:
+    """Everything that decides a run. Every field is a flag of the command line; None stands for the preset's value."""
+
+    model: str = option("vit", "what to train", choices=tuple(MODELS))
+    size: str = option("auto", "tiny: minutes on two CPU cores; base: for a GPU; auto: base if there is one",
+                       choices=("auto", "tiny", "base"))
+    recipe: str = option("full", "basic: crop and flip alone; full: the regularisation of the size's preset as well",
+                         choices=("basic", "full"))
+    encoder: str = option("explicit", "our Transformer blocks, or torch's nn.TransformerEncoder",
+                          choices=("explicit", "builtin"))
+    pool: str = option("mean", "classify the mean of the tokens, or a class token", choices=("mean", "cls"))
+
+    dataset: str = option("auto", "auto: CIFAR-10 from --data-dir or downloaded, else shapes", choices=DATASETS)
+    data_dir: str = option(None, "where the data set lies or is downloaded to (default: $DATA_DIR, else ./data)")
+    hold_out: int = option(0, "tune on this many images split off the training set; the test set is left alone", low=0)
+
+    epochs: int = option(None, "passes over the training set", low=1)
+    batch_size: int = option(None, "images in a step", low=1)
+    optimizer: str = option(None, "adamw, or muon for the matrices and kernels inside and adamw for the rest",
+                            choices=("adamw", "muon"))
+    lr: float = option(None, "peak learning rate of AdamW", low=0)
+    muon_lr: float = option(None, "peak learning rate of Muon, scaled to match AdamW's update size", low=0)
+    weight_decay: float = option(None, "pull of weights towards zero, times the learning rate", low=0)
+    warmup: float = option(None, "epochs over which the learning rate rises from 0", low=0)
+    clip: float = option(None, "largest norm of the gradient; 0: no clipping", low=0)
+    ema: float = option(None, "decay of the weights' moving average, which is then what counts; 0: none", low=0,
+                        high=0.99999)
+
+    patch_size: int = option(None, "side of a ViT's patches, in pixels", low=1)
+    dim: int = option(None, "width of a token", low=1)
+    depth: int = option(None, "number of Transformer blocks", low=1)
+    heads: int = option(None, "number of attention heads", low=1)
+    drop_path: float = option(None, "rate at which the last block is skipped; earlier blocks less", low=0, high=0.99)
+    gamma_init: float = option("preset", "start value of gamma, the learned scale of a branch; none: no gamma")
+
+    trivial: float = option(None, "share of images that get one TrivialAugment operation", low=0, high=1)
+    jitter: float = option(None, "range of random brightness, contrast and saturation", low=0, high=1)
+    erasing: float = option(None, "share of images with an erased box", low=0, high=1)
+    label_smoothing: float = option(None, "probability spread over all classes", low=0, high=0.99)
+    mixup: float = option(None, "alpha of Mixup; 0: off", low=0)
+    cutmix: float = option(None, "alpha of CutMix; 0: off; with both, a coin chooses for each batch", low=0)
+
+    seed: int = option(0, "of the weights, the batches and all that is random", low=0)
+    device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
+    amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
+    compile: str = option("auto", "torch.compile; auto: on a GPU, and on a CPU when the run is long enough to gain",
+                          choices=("auto", "on", "off"))
+    name: str = option(None, "of the run's folder (default: from model, size, recipe, data set and seed)")
+    out: str = option("runs", "the folder that holds the runs' folders")
+    resume: bool = option(False, "go on from the run's last.pt")
+    overwrite: bool = option(False, "replace a run of the same name")
+
+
+# How each size trains. A tiny run sees every image only a few times: it underfits, and strong regularisation would only
+# slow it down, so its full recipe is label smoothing. A base run sees every image 200 times, and needs all there is.
+NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+TINY = dict(NO_REGULARISATION, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=2e-3, muon_lr=0.01,
+            weight_decay=0.05, warmup=0.5, clip=0.0, ema=0.0)
+BASE = dict(trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0, batch_size=512,
+            optimizer="adamw", lr=1e-3, muon_lr=0.005, weight_decay=0.05, warmup=10.0, clip=1.0, ema=0.9995, epochs=200)
+PRESETS = {
+    ("vit", "tiny"): dict(TINY, epochs=4, patch_size=4, dim=256, depth=4, heads=4, drop_path=0.0, gamma_init=1.0),
+    ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0),
+    ("resnet18", "tiny"): dict(TINY, epochs=5),
+    ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=1e-4),
+    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1e-4),
+    ("resnet18", "base"): BASE,
+}
+# Parts of the models that a size fixes. At full resolution few channels are slow on a CPU, so the tiny trunk is narrow
+# there, wide at low resolution, and ends at 4 x 4: 16 tokens.
+TINY_TRUNK = dict(widths=(32, 64, 128, 256), depths=(0, 1, 1, 1), downsample="pool")
+FIXED = {("vit", "tiny"): dict(mlp_ratio=2.0), ("hybrid", "tiny"): TINY_TRUNK, ("resnet18", "tiny"): TINY_TRUNK}
+
+
+def parse_config(config_class=Config, argv=None, description=__doc__):
+    """The command line as a config_class, whose fields are the flags. A mistake ends the program with one sentence."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for field in dataclasses.fields(config_class):
+        flag, kind, meta = "--" + field.name.replace("_", "-"), field.type, field.metadata
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help=meta["help"])
+            continue
+        per_preset = {f"{model} {size}": preset[field.name] for (model, size), preset in PRESETS.items()
+                      if field.name in preset}
+        default = ("preset: " + ", ".join(f"{who} {value}" for who, value in per_preset.items()) if per_preset
+                   else field.default)
+        text = meta["help"] + (f" (default: {default})" if default is not None else "")
+        parser.add_argument(flag, type=number_or_none if field.name == "gamma_init" else kind, default=field.default,
+                            choices=meta["choices"], metavar=None if meta["choices"] else kind.__name__.upper(),
+                            help=text.replace("%", "%%"))
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def resolve(config):
+    """Put the preset's values where the config has none, and check all values. InputError if one is impossible."""
+    config = copy.copy(config)
+    if config.device == "auto":
+        config.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if not available[config.device]:
+        raise InputError(f"torch finds no {config.device} device here: try --device cpu")
+    if config.size == "auto":
+        config.size = "tiny" if config.device == "cpu" else "base"
+    preset = dict(PRESETS[config.model, config.size])
+    if config.recipe == "basic":
+        preset.update(NO_REGULARISATION, ema=0.0)
+        preset.update(drop_path=0.0) if "drop_path" in preset else None
+    if config.encoder == "builtin":
+        preset.update(drop_path=0.0, gamma_init=None)
+    for field in dataclasses.fields(config):
+        unset = getattr(config, field.name) == field.default
+        if field.name in preset:
+            if unset:
+                setattr(config, field.name, preset[field.name])
+        elif field.name in PRESETS["vit", "base"] or (field.name in ("encoder", "pool") and config.model == "resnet18"):
+            if not unset:
+                raise InputError(f"--{field.name.replace('_', '-')} means nothing to a {config.model}: leave it out")
+            setattr(config, field.name, None)
+    for field in dataclasses.fields(config):
+        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
+        flag = "--" + field.name.replace("_", "-")
+        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
+            raise InputError(f"{flag} must be {'at least' if high is None else 'from'} {low}"
+                             f"{'' if high is None else f' to {high}'}, not {value}")
+    config.name = config.name or f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
+    return config
+
+
+def model_options(config, num_classes):
+    """The keyword arguments with which build_model makes the model of a resolved config."""
+    options = dict(FIXED.get((config.model, config.size), {}), num_classes=num_classes)
+    if config.model != "resnet18":
+        options.update(dim=config.dim, depth=config.depth, num_heads=config.heads, drop_path=config.drop_path,
+                       gamma_init=config.gamma_init, pool=config.pool, encoder=config.encoder)
+    if config.model == "vit":
+        options["patch_size"] = config.patch_size
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedule and optimizers
+
+def lr_at(step, total_steps, warmup_steps, peak):
+    """The learning rate of a step, 0 <= step < total_steps: a line up to `peak`, then half a cosine down towards 0.
+
+    The first step already moves (peak / warmup_steps), step warmup_steps - 1 is the first at the peak.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+
+
+def split_parameters(model):
+    """The model's parameters by what they are: inner matrices and kernels, other matrices, and all the rest.
+
+    Matrices and kernels multiply what comes in, and are decayed towards zero; biases, norms, gamma, position and class
+    embeddings are added or scale, and are not. `inner` leaves out the layers at both ends, which face pixels and
+    classes: Muon is not for them.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))]
+    matrices = [m.in_proj_weight if isinstance(m, nn.MultiheadAttention) else m.weight for m in layers]
+    first = model.trunk[0].weight if hasattr(model, "trunk") else model.patch_embed.proj.weight
+    ends = {id(first), id(model.head.weight)}
+    inner = [p for p in matrices if id(p) not in ends]
+    outer = [p for p in matrices if id(p) in ends]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    return inner, outer, rest
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too.
+
+    Muon replaces each momentum matrix by the nearest orthogonal one, so that all its directions are learned at the same
+    speed. A kernel (O, C, k, k) is shown to it as the matrix (O, k*k*C) that multiplies a patch: a view of the same
+    memory, so stepping the view moves the kernel. Kernels must be channels_last in memory.
+    """
+
+    def __init__(self, parameters, **options):
+        self.parameters = list(parameters)
+        super().__init__([nn.Parameter(self.matrix(p.data)) for p in self.parameters], **options)
+        for view, p in zip(self.param_groups[0]["params"], self.parameters):
+            assert view.data_ptr() == p.data_ptr(), "a kernel is not channels_last in memory"
+
+    @staticmethod
+    def matrix(p):
+        return p if p.ndim == 2 else p.permute(0, 2, 3, 1).flatten(1)  # (O, k*k*C)
+
+    def step(self):
+        for view, p in zip(self.param_groups[0]["params"], self.parameters):
+            view.grad = self.matrix(p.grad)
+        super().step()
+
+
+def make_optimizers(model, config):
+    """AdamW for all parameters, or Muon for the inner matrices and AdamW for the rest, as a list.
+
+    Each parameter group remembers its peak learning rate, which `lr_at` scales, as "peak_lr".
+    """
+    inner, outer, rest = split_parameters(model)
+    optimizers = []
+    if config.optimizer == "muon":
+        optimizers.append(Muon(inner, lr=config.muon_lr, weight_decay=config.weight_decay, momentum=0.9,
+                               adjust_lr_fn="match_rms_adamw"))
+        inner = []
+    groups = [dict(params=inner + outer, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
+    optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def cross_entropy(logits, targets, images):
+    """The loss of a plain run. logits float32 (B, K), targets (B, K); a teacher would look at the images as well."""
+    return F.cross_entropy(logits, targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision, compilation and evaluation
+
+def choose_amp(config):
+    """"bf16", "fp16" or "off" for a resolved config's device. bf16 has float32's range and needs no loss scaling."""
+    if config.amp != "auto":
+        return config.amp
+    if config.device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    fast = config.device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if fast else "off"  # emulated bf16 is slower than float32
+
+
+def choose_compile(config, training_flops):
+    """Whether to compile. On a CPU it must win its own 40 s back, and needs a C++ compiler."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    return config.device == "cuda" or (config.device == "cpu" and training_flops > 4e13
+                                       and bool(shutil.which(os.environ.get("CXX", "g++"))))
+
+
+def count_flops(name, options, image_shape):
+    """Floating point operations (2 for a multiply-add) of one image's forward pass. Runs on torch's meta device."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_model(name, **options).eval()(torch.empty(1, *image_shape))
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def evaluate(model, dataset, batch_size, autocast):
+    """The share of test images that the model, in eval mode, gives their label's class. No test-time augmentation."""
+    model.eval()
+    correct = torch.zeros((), device=dataset.test_labels.device)
+    for images, labels in test_batches(dataset, batch_size):
+        with autocast:
+            logits = model(images)
+        correct += (logits[: len(labels)].argmax(dim=1) == labels).sum()
+    return correct.item() / len(dataset.test_labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+def save(content, path):
+    """torch.save that leaves either the old file or the new one, whatever happens. InputError if the disk is full."""
+    temporary = f"{path}.{os.getpid()}"
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}): the disk may be full; make room, and go "
+                         "on with --resume") from None
+
+
+def load(path, device="cpu"):
+    """What `save` wrote; only tensors and plain values, never code. InputError if the file is missing or not whole."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+    except Exception:  # a damaged file can raise almost anything
+        raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project") from None
+
+
+def load_model(path, device="cpu"):
+    """A model.pt that train.py wrote -> (the model in eval mode, the rest of the file as a dict).
+
+    The rest: "model" and "options" (the arguments of build_model), "classes" (names), and "mean" and "std", by which
+    images scaled to 0..1 are normalised: model((images - mean) / std). InputError if it is not such a file.
+    """
+    content = load(path, device)
+    try:
+        model = build_model(content["model"], **content["options"])
+        model.load_state_dict(content.pop("state_dict"))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise InputError(f"{path} is not a model.pt of this project, or of another version of it") from None
+    return model.to(device).eval(), content
+
+
+def describe_machine(device):
+    """The processor or GPU, and the versions that matter, as a dict."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    return dict(machine=gpu or f"{cpu}, {torch.get_num_threads()} threads", system=platform.platform(),
+                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
+
+
+def git_commit():
+    """The commit that this code is at, with "+" after it if files were changed since, or None outside a checkout."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def peak_memory(device):
+    """The most memory that this process held so far, in bytes: the GPU's, or the process's own."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+# Fields in which a resumed run may differ from the one it goes on with.
+FREE_FIELDS = ("epochs", "name", "out", "device", "data_dir", "resume", "overwrite")
+
+
+def open_run(config):
+    """Make the run's folder, or find it with --resume. Returns (folder, content of last.pt or None).
+
+    InputError if the folder exists and neither --resume nor --overwrite was given, or if a resumed run would differ.
+    """
+    folder = os.path.join(config.out, config.name)
+    if not config.resume:
+        if os.path.exists(folder) and not config.overwrite:
+            raise InputError(f"{folder} exists already: choose another --name, or --resume or --overwrite it")
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for file in ("log.jsonl", "last.pt", "model.pt"):
+                if os.path.exists(os.path.join(folder, file)):
+                    os.remove(os.path.join(folder, file))
+        except OSError as error:
+            raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+        return folder, None
+    checkpoint = load(os.path.join(folder, "last.pt"), config.device)
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint:
+        raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
+    was, now = checkpoint["config"], dataclasses.asdict(config)
+    differ = [f"--{name.replace('_', '-')} {was.get(name)} -> {value}" for name, value in now.items()
+              if name not in FREE_FIELDS and was.get(name) != value]
+    if differ:
+        raise InputError(f"{folder} was started with other options ({', '.join(differ)}): resume it with its own")
+    return folder, checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+def run(config, loss_function=cross_entropy):
+    """Train one model as the resolved config says. Returns the accuracy after the last epoch.
+
+    loss_function(logits, targets, images) -> loss is what distill.py replaces; logits are float32, targets soft.
+    Raises InputError for what the person who started it can mend.
+    """
+    # What runs: data, model, precision. The weights depend on the seed alone.
+    device = torch.device(config.device)
+    amp = choose_amp(config)
+    if amp == "fp16" and config.optimizer == "muon":
+        raise InputError("Muon needs gradients that cannot overflow: use --optimizer adamw, or --amp bf16 or off")
+    dataset = load_dataset(config.dataset, config.data_dir, config.hold_out, config.seed).to(device)
+    fell_back = config.dataset == "auto" and dataset.name == "shapes"
+    note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
+    about = dict(name=dataset.name, train=len(dataset.train_labels), test=len(dataset.test_labels),
+                 test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back)
+    steps_per_epoch = about["train"] // config.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(f"--batch-size {config.batch_size} is more than the {about['train']} training images")
+    total_steps, warmup_steps = config.epochs * steps_per_epoch, round(config.warmup * steps_per_epoch)
+    if warmup_steps >= total_steps:
+        warmup_steps = total_steps // 10  # a run shorter than its preset's warm-up
+    options = model_options(config, len(dataset.classes))
+    torch.manual_seed(config.seed)
+    try:
+        model = build_model(config.model, **options)
+    except ValueError as error:
+        raise InputError(f"{error} (train.py --help lists the flags)") from None
+    # Convolutions are faster with the channels last in memory, on GPUs and CPUs alike.
+    model = model.to(device, memory_format=torch.channels_last)
+    flops = count_flops(config.model, options, dataset.train_images.shape[1:])
+    compiled = choose_compile(config, 3 * flops * total_steps * config.batch_size)
+    folder, checkpoint = open_run(config)
+
+    optimizers = make_optimizers(model, config)
+    averaged = copy.deepcopy(model) if config.ema else model  # the weights that are evaluated and kept
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    half = torch.float16 if amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype=half, enabled=amp != "off")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if compiled:
+        model.compile()  # in place, unlike torch.compile(model): the names in the checkpoint stay as they are
+        if averaged is not model:
+            averaged.compile()
+    # Each step writes its loss and floor here, on the device; they are read once an epoch, so no step waits for them.
+    losses, floors = torch.zeros(2, steps_per_epoch, device=device)
+
+    step = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        averaged.load_state_dict(checkpoint["averaged"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+        scaler.load_state_dict(checkpoint["scaler"])
+        losses.copy_(checkpoint["losses"]), floors.copy_(checkpoint["floors"])
+        step = checkpoint["step"]
+
+    def save_last():
+        optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+        save(dict(config=dataclasses.asdict(config), step=step, model=model.state_dict(),
+                  averaged=averaged.state_dict(), optimizers=optimizer_states, scaler=scaler.state_dict(),
+                  losses=losses, floors=floors), os.path.join(folder, "last.pt"))
+
+    def log(event, **values):
+        with open(os.path.join(folder, "log.jsonl"), "a") as file:
+            file.write(json.dumps(dict(event=event, **values)) + "\n")
+
+    parameters = sum(p.numel() for p in model.parameters())
+    machine = describe_machine(config.device)
+    log("start" if step == 0 else "resume", step=step, command=shlex.join(["python", *sys.argv]), commit=git_commit(),
+        config=dataclasses.asdict(config), data=about, parameters=parameters, forward_flops=flops, amp=amp,
+        compiled=compiled, **machine)
+    print(f"{note}{config.model}, size {config.size}, recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, "
+          f"{flops / 1e9:.3f} GFLOP per image forward")
+    print(f"{dataset.name}: {about['train']} training and {about['test']} {dataset.test_split} images; {config.epochs} "
+          f"epochs of {steps_per_epoch} steps of {config.batch_size}")
+    print(f"{machine['machine']}, torch {torch.__version__}, precision {amp}, "
+          f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
+    print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
+
+    # Ctrl-C or SIGTERM: finish the step, save, say how to go on. A second one ends the run at once.
+    stopped_by = []
+
+    def on_signal(number, _):
+        stopped_by.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    accuracy, speeds = None, []
+    first_step, training_start, last_save = step, time.perf_counter(), time.perf_counter()
+    for epoch in range(step // steps_per_epoch, config.epochs):
+        model.train()
+        epoch_start, shown = time.perf_counter(), time.perf_counter()
+        done = step % steps_per_epoch  # of this epoch, more than 0 only after a resume
+        batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done,
+                                trivial=config.trivial, jitter=config.jitter, erasing=config.erasing,
+                                label_smoothing=config.label_smoothing, mixup=config.mixup, cutmix=config.cutmix)
+        for i, (images, targets) in enumerate(batches, start=done):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, total_steps, warmup_steps, group["peak_lr"])
+            with autocast:
+                logits = model(images)  # (B, K)
+            loss = loss_function(logits.float(), targets, images)
+            scaler.scale(loss).backward()
+            if config.clip:
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            model.zero_grad(set_to_none=True)
+            if averaged is not model:
+                update_average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
+            losses[i], floors[i] = loss.detach(), entropy(targets)
+            step += 1
+
+            now = time.perf_counter()
+            if stopped_by or (now - last_save > 300 and i + 1 < steps_per_epoch):
+                save_last()
+                last_save = now
+            if stopped_by:
+                print(f"\nstopped after step {step} of {total_steps}: the same command with --resume goes on from it")
+                raise SystemExit(128 + stopped_by[0])
+            if sys.stdout.isatty() and now - shown > 1 and now - epoch_start > 3:
+                shown, speed = now, (i + 1 - done) * config.batch_size / (now - epoch_start)
+                left = (total_steps - step) * (now - training_start) / (step - first_step)
+                print(f"\r{epoch + 1:5d}: step {i + 1} of {steps_per_epoch}, {speed:.0f} images/s, {clock(left)} left  ",
+                      end="", flush=True)
+
+        epoch_losses = losses.tolist()  # waits for the device, once an epoch
+        seconds = time.perf_counter() - epoch_start
+        for i, value in enumerate(epoch_losses):
+            if not math.isfinite(value):
+                lr = lr_at(epoch * steps_per_epoch + i, total_steps, warmup_steps, config.lr)
+                kept = os.path.exists(os.path.join(folder, "last.pt"))
+                raise InputError(f"the loss became {value} at step {epoch * steps_per_epoch + i}, lr {lr:.2g} "
+                                 f"({'last.pt is from before it' if kept else 'before anything was saved'}): lower "
+                                 "--lr or --muon-lr, or set --clip 1")
+        accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
+        speeds.append((steps_per_epoch - done) * config.batch_size / seconds)
+        lr = optimizers[-1].param_groups[0]["lr"]
+        now = time.perf_counter()
+        left = (total_steps - step) * (now - training_start) / (step - first_step)
+        loss, floor = sum(epoch_losses) / steps_per_epoch, floors.mean().item()
+        wipe = "\r\033[K" if sys.stdout.isatty() else ""  # the progress line
+        print(f"{wipe}{epoch + 1:5d}  {loss:10.4f}  {floor:5.3f}  {accuracy:8.4f}  {lr:8.2e}  "
+              f"{speeds[-1]:8.0f}  {clock(now - START):>7}  {clock(left):>6}", flush=True)
+        log("epoch", epoch=epoch + 1, step=step, train_loss=loss, loss_floor=floor, accuracy=accuracy, lr=lr,
+            images_per_second=speeds[-1], seconds=now - START)
+        save_last()
+        last_save = time.perf_counter()
+
+    for number, handler in previous_handlers.items():
+        signal.signal(number, handler)
+    if accuracy is None:  # resumed after its last epoch
+        accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
+    model_path = os.path.join(folder, "model.pt")
+    weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
+    save(dict(model=config.model, options=options, classes=dataset.classes, mean=dataset.mean.cpu(),
+              std=dataset.std.cpu(), state_dict=weights), model_path)
+    seconds = time.perf_counter() - START
+    speed = float(np.median(speeds[1:] or speeds or [0]))  # the first epoch also compiles
+    log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
+        hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,
+        images_per_second=speed, peak_memory_bytes=peak_memory(config.device))
+    print(f"{note}{dataset.test_split} accuracy {accuracy:.4f} (last epoch, no TTA) in {seconds:.0f} s, {model_path}")
+    return accuracy
+
+
+@torch.no_grad()
+def update_average(averaged, model, decay):
+    """averaged = decay * averaged + (1 - decay) * model, for the weights and the BatchNorm statistics."""
+    floats = lambda module: [value for value in module.state_dict().values() if value.is_floating_point()]
+    get_ema_multi_avg_fn(decay)(floats(averaged), floats(model), None)
+
+
+def main(config_class=Config, start=lambda config: run(resolve(config))):
+    """Run the command line. What the person can mend ends in one sentence on stderr and a non-zero exit status."""
+    try:
+        start(parse_config(config_class))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("error: out of memory: lower --batch-size, or choose --size tiny")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        sys.exit("error: out of memory: lower --batch-size, or choose --size tiny")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit("error: the disk is full: make room, or choose another --out")
+
+
+if __name__ == "__main__":
+    main()
