@@ -559,8 +559,8 @@ def run(config, loss_function=cross_entropy):
             if sys.stdout.isatty() and now - shown > 1 and now - epoch_start > 3:
                 shown, speed = now, (i + 1 - done) * config.batch_size / (now - epoch_start)
                 left = (total_steps - step) * (now - training_start) / (step - first_step)
-                print(f"\r{epoch + 1:5d}: step {i + 1} of {steps_per_epoch}, {speed:.0f} images/s, {clock(left)} left  ",
-                      end="", flush=True)
+                print(f"\r{epoch + 1:5d}: step {i + 1} of {steps_per_epoch}, {speed:.0f} images/s, "
+                      f"{clock(left)} left  ", end="", flush=True)
 
         epoch_losses = losses.tolist()  # waits for the device, once an epoch
         seconds = time.perf_counter() - epoch_start
