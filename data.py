@@ -345,8 +345,8 @@ def luma(images):
     """The brightness of RGB images (B, 3, S, S) as the eye weighs it, (B, 1, S, S). With one channel, that channel."""
     if images.shape[1] != 3:
         return images.mean(dim=1, keepdim=True)
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-    return (images * weights).sum(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)  # (B, 1, S, S)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
 def color_jitter(images, strength):

@@ -19,12 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def require(condition, message):
-    """Raise a ValueError with `message` unless `condition` holds."""
-    if not condition:
-        raise ValueError(message)
-
-
 class DropPath(nn.Module):
     """Stochastic depth: leave a residual branch out, for a random part of the images (Huang et al. 2016, 1603.09382).
 
@@ -35,7 +29,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate=0.0):
         super().__init__()
-        require(0 <= rate < 1, f"the drop_path rate must be at least 0 and below 1, not {rate}")
+        if not 0 <= rate < 1:
+            raise ValueError(f"the drop_path rate must be at least 0 and below 1, not {rate}")
         self.rate = rate
 
     def forward(self, x):
@@ -73,7 +68,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads):
         super().__init__()
-        require(dim % num_heads == 0, f"the width {dim} is not divisible by {num_heads} heads")
+        if dim % num_heads:
+            raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)  # queries, keys and values in one product
         self.proj = nn.Linear(dim, dim)
@@ -142,8 +138,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, image_size=32, patch_size=4, in_channels=3, dim=384):
         super().__init__()
-        require(image_size % patch_size == 0,
-                f"the image side {image_size} is not divisible by the patch size {patch_size}")
+        if image_size % patch_size:
+            raise ValueError(f"the image side {image_size} is not divisible by the patch size {patch_size}")
         self.patch_size = patch_size
         self.num_tokens = (image_size // patch_size) ** 2
         fan_in = in_channels * patch_size**2
@@ -174,18 +170,23 @@ class Encoder(nn.Module):
     def __init__(self, num_tokens, dim, depth, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1e-4,
                  pool="mean", encoder="explicit"):
         super().__init__()
-        require(pool in ("cls", "mean"), f"unknown pool {pool!r}: choose cls or mean")
-        require(encoder in ("explicit", "builtin"), f"unknown encoder {encoder!r}: choose explicit or builtin")
-        require(depth >= 1, f"the encoder needs a depth of at least 1, not {depth}")
-        require(dim % num_heads == 0, f"the width {dim} is not divisible by {num_heads} heads")
+        if pool not in ("cls", "mean"):
+            raise ValueError(f"unknown pool {pool!r}: choose cls or mean")
+        if encoder not in ("explicit", "builtin"):
+            raise ValueError(f"unknown encoder {encoder!r}: choose explicit or builtin")
+        if depth < 1:
+            raise ValueError(f"the encoder needs a depth of at least 1, not {depth}")
+        if dim % num_heads:
+            raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + (pool == "cls"), dim))
         if encoder == "explicit":
             rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
             self.blocks = nn.Sequential(*[Block(dim, num_heads, mlp_ratio, rate, gamma_init) for rate in rates])
         else:
-            require(not drop_path and gamma_init is None,
-                    "torch's built-in encoder has no DropPath and no gamma: set drop_path=0 and gamma_init=None")
+            if drop_path or gamma_init is not None:
+                raise ValueError("torch's built-in encoder has no DropPath and no gamma: "
+                                 "set drop_path=0 and gamma_init=None")
             layer = nn.TransformerEncoderLayer(dim, num_heads, int(dim * mlp_ratio), dropout=0.0, activation="gelu",
                                                batch_first=True, norm_first=True)
             self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
@@ -212,8 +213,16 @@ class Encoder(nn.Module):
         return x.mean(dim=1) if self.cls_token is None else x[:, 0]  # (B, D)
 
 
+def classifier(dim, num_classes):
+    """The last linear layer, (B, D) -> (B, K). It starts at zero: all classes equally likely, a loss of ln K."""
+    head = nn.Linear(dim, num_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2021, 2010.11929). Builds on PatchEmbed and Encoder.
+    """Vision Transformer (Dosovitskiy et al. 2021, 2010.11929). Builds on PatchEmbed, Encoder and classifier.
 
     images (B, C, S, S), float, normalised -> logits (B, K). The options are those of PatchEmbed and Encoder.
     """
@@ -231,14 +240,6 @@ class ViT(nn.Module):
         return self.head(x)  # (B, K)
 
 
-def classifier(dim, num_classes):
-    """The last linear layer, (B, D) -> (B, K). It starts at zero: all classes equally likely, a loss of ln K."""
-    head = nn.Linear(dim, num_classes)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al. 2016, 1512.03385, figure 5). Needs torch alone.
 
@@ -249,7 +250,8 @@ class BasicBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, downsample=None):
         super().__init__()
-        require(downsample in (None, "stride", "pool"), f"unknown downsample {downsample!r}: choose stride or pool")
+        if downsample not in (None, "stride", "pool"):
+            raise ValueError(f"unknown downsample {downsample!r}: choose stride or pool")
         stride = 2 if downsample == "stride" else 1
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.pool = nn.MaxPool2d(2) if downsample == "pool" else nn.Identity()
@@ -280,7 +282,8 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
     stage but the first halves the side. ValueError unless there is one depth per width, and a block wherever the
     side halves.
     """
-    require(len(widths) == len(depths) and all(depths[1:]), f"widths {widths} and depths {depths} do not fit together")
+    if len(widths) != len(depths) or not all(depths[1:]):
+        raise ValueError(f"widths {widths} and depths {depths} do not fit together")
     stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     layers = [stem, nn.BatchNorm2d(widths[0]), nn.ReLU()]
@@ -311,7 +314,8 @@ class ResNet18(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """A ResNet-18 trunk whose feature map becomes the tokens of a Transformer. Builds on resnet_trunk and Encoder.
+    """A ResNet-18 trunk whose feature map becomes the tokens of a Transformer. Builds on resnet_trunk, Encoder and
+    classifier.
 
     images (B, C, S, S), float, normalised -> logits (B, K). By default the trunk is the first three stages of
     ResNet-18: 32 x 32 pixels become 8 x 8 features of 256 channels, 64 tokens like those of a ViT with patch size 4,
@@ -323,8 +327,8 @@ class Hybrid(nn.Module):
                  downsample="stride", dim=256, depth=6, num_heads=4, **options):
         super().__init__()
         stride = 2 ** (len(widths) - 1)
-        require(image_size % stride == 0,
-                f"the image side {image_size} is not divisible by the trunk's stride {stride}")
+        if image_size % stride:
+            raise ValueError(f"the image side {image_size} is not divisible by the trunk's stride {stride}")
         self.trunk = resnet_trunk(in_channels, widths, depths, downsample)
         self.proj = nn.Linear(widths[-1], dim)  # a 1x1 convolution: the same matrix on every position
         nn.init.trunc_normal_(self.proj.weight, std=widths[-1] ** -0.5)
@@ -345,5 +349,6 @@ MODELS = {"vit": ViT, "hybrid": Hybrid, "resnet18": ResNet18}
 
 def build_model(name, **options):
     """The model of that name (vit, hybrid or resnet18) with the options of its class. ValueError for another name."""
-    require(name in MODELS, f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name](**options)

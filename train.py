@@ -112,7 +112,8 @@ TINY = dict(NO_REGULARISATION, label_smoothing=0.1, batch_size=250, optimizer="m
 BASE = dict(trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0, batch_size=512,
             optimizer="adamw", lr=1e-3, muon_lr=0.005, weight_decay=0.05, warmup=10.0, clip=1.0, ema=0.9995, epochs=200)
 PRESETS = {
-    ("vit", "tiny"): dict(TINY, epochs=4, patch_size=4, dim=256, depth=4, heads=4, drop_path=0.0, gamma_init=1.0),
+    ("vit", "tiny"): dict(TINY, epochs=4, muon_lr=0.006, patch_size=4, dim=256, depth=4, heads=4, drop_path=0.0,
+                          gamma_init=1.0),
     ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0),
     ("resnet18", "tiny"): dict(TINY, epochs=5),
     ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=1e-4),
@@ -266,6 +267,11 @@ def make_optimizers(model, config):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def float_state(model):
+    """The model's weights and BatchNorm statistics, as a list of tensors: what a moving average is taken of."""
+    return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
 def cross_entropy(logits, targets, images):
@@ -474,6 +480,7 @@ def run(config, loss_function=cross_entropy):
         model.compile()  # in place, unlike torch.compile(model): the names in the checkpoint stay as they are
         if averaged is not model:
             averaged.compile()
+    averaged_state, model_state = float_state(averaged), float_state(model)
     # Each step writes its loss and floor here, on the device; they are read once an epoch, so no step waits for them.
     losses, floors = torch.zeros(2, steps_per_epoch, device=device)
 
@@ -510,15 +517,6 @@ def run(config, loss_function=cross_entropy):
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
-    # Ctrl-C or SIGTERM: finish the step, save, say how to go on. A second one ends the run at once.
-    stopped_by = []
-
-    def on_signal(number, _):
-        stopped_by.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-
     accuracy, speeds = None, []
     first_step, training_start, last_save = step, time.perf_counter(), time.perf_counter()
     for epoch in range(step // steps_per_epoch, config.epochs):
@@ -544,8 +542,9 @@ def run(config, loss_function=cross_entropy):
                 scaler.step(optimizer)
             scaler.update()
             model.zero_grad(set_to_none=True)
-            if averaged is not model:
-                update_average(averaged, model, min(config.ema, (1 + step) / (10 + step)))
+            if averaged is not model:  # the decay grows to its full value, or the first weights would linger
+                decay = min(config.ema, (1 + step) / (10 + step))
+                get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
             losses[i], floors[i] = loss.detach(), entropy(targets)
             step += 1
 
@@ -554,7 +553,7 @@ def run(config, loss_function=cross_entropy):
                 save_last()
                 last_save = now
             if stopped_by:
-                print(f"\nstopped after step {step} of {total_steps}: the same command with --resume goes on from it")
+                print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it")
                 raise SystemExit(128 + stopped_by[0])
             if sys.stdout.isatty() and now - shown > 1 and now - epoch_start > 3:
                 shown, speed = now, (i + 1 - done) * config.batch_size / (now - epoch_start)
@@ -585,8 +584,6 @@ def run(config, loss_function=cross_entropy):
         save_last()
         last_save = time.perf_counter()
 
-    for number, handler in previous_handlers.items():
-        signal.signal(number, handler)
     if accuracy is None:  # resumed after its last epoch
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
     model_path = os.path.join(folder, "model.pt")
@@ -602,15 +599,20 @@ def run(config, loss_function=cross_entropy):
     return accuracy
 
 
-@torch.no_grad()
-def update_average(averaged, model, decay):
-    """averaged = decay * averaged + (1 - decay) * model, for the weights and the BatchNorm statistics."""
-    floats = lambda module: [value for value in module.state_dict().values() if value.is_floating_point()]
-    get_ema_multi_avg_fn(decay)(floats(averaged), floats(model), None)
+stopped_by = []  # the signal that asked the run to stop, once one did
+
+
+def on_signal(number, _):
+    """Ctrl-C or SIGTERM: the loop finishes its step, saves, and says how to go on. A second one ends it at once."""
+    stopped_by.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 def main(config_class=Config, start=lambda config: run(resolve(config))):
     """Run the command line. What the person can mend ends in one sentence on stderr and a non-zero exit status."""
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
         start(parse_config(config_class))
     except InputError as error:

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding 
 
 byte = lambda images: (images * 255).round().to(torch.uint8)
 uniform = lambda n, low=0.0, high=1.0: torch.empty(n).uniform_(low, high).tolist()
-slant = lambda slope: math.degrees(math.atan(slope))
 
 
 @pytest.fixture(autouse=True)
@@ -79,27 +78,24 @@ def test_color_jitter():
         for adjust, factor in zip((tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation), factors):
             image = adjust(image, factor[i])
         near(out[i], image, 5e-4)  # torchvision's luma weights are rounded
-    assert out.min() >= 0 and out.max() <= 1
-    assert len(data.color_jitter(images[:1].expand(9, -1, -1, -1), 0.4).unique(dim=0)) == 9
+    assert 0 <= out.min() and out.max() <= 1
 
 
 def test_random_erasing():
     """With its probability an image loses one box, drawn as said and rounded to pixels; nothing else is touched."""
-    B, S, areas, reached = 1501, 32, [], torch.zeros(32, 32)
+    B, S, areas = 1501, 32, []
     images = noise(B, 3, S, S) + 1
     out = replay(data.random_erasing, images, 0.25)
     draws = uniform(B, 0.02, 0.33), uniform(B, math.log(0.3), math.log(3.3)), uniform(B), uniform(B), uniform(B)
     for i, (area, ratio, top, left, coin) in enumerate(zip(*draws)):
-        height = min(S, max(1, round(math.sqrt(area * S * S * math.exp(ratio)))))
-        width = min(S, max(1, round(math.sqrt(area * S * S / math.exp(ratio)))))
+        height, width = (min(S, max(1, round(S * math.sqrt(area * math.exp(r))))) for r in (ratio, -ratio))
         y, x = int(top * (S - height + 1)), int(left * (S - width + 1))
         expected = images[i].clone()
         if coin < 0.25:
             expected[:, y : y + height, x : x + width] = 0
             areas.append(float((expected == 0).float().mean()))
-            reached[y : y + height, x : x + width] = 1
         assert torch.equal(out[i], expected)
-    assert abs(len(areas) - 0.25 * B) < 4 * math.sqrt(B * 0.25 * 0.75) and reached.all()
+    assert abs(len(areas) - 0.25 * B) < 4 * math.sqrt(B * 0.25 * 0.75) and (out == 0).any(dim=0).all()
     assert 0.012 < min(areas) < 0.03 and 0.3 < max(areas) < 0.36  # a side is rounded by up to half a pixel
 
 
@@ -137,9 +133,8 @@ def test_cut_mix():
         (row, col), partner = torch.randint(S, (2,)).tolist(), torch.randperm(B)
         rows, cols = ([round(c - half) <= i < round(c + half) for i in range(S)] for c in (row, col))
         np.testing.assert_array_equal(mixed, np.where(np.outer(rows, cols), images[partner], images))
-        changed = (mixed.numpy() != images).mean(axis=(1, 2, 3))  # 0 where the partner is the image itself
-        near(mixed_targets.diagonal(), torch.from_numpy(1 - changed))
-        near(mixed_targets.sum(1), torch.ones(B))
+        changed = (mixed != torch.tensor(images)).float().mean(dim=(1, 2, 3))[:, None]  # 0 where an image meets itself
+        near(mixed_targets, (1 - changed) * targets + changed * targets[partner])
         clipped += min(row, col) < half or max(row, col) + half > S
     assert 10 < clipped < 60
 
@@ -148,8 +143,8 @@ def test_cut_mix():
 # luma weights are rounded, and its equalize has whole steps: too coarse for 1024 pixels, so it gets each 64 times.
 OPERATIONS = {
     "identity": (lambda x, m, s: x, 1e-5),
-    "shear_x": (lambda x, m, s: tv.affine(x, 0, [0, 0], 1, [slant(0.99 * s), 0], BILINEAR), 1e-4),
-    "shear_y": (lambda x, m, s: tv.affine(x, 0, [0, 0], 1, [0, slant(0.99 * s)], BILINEAR), 1e-4),
+    "shear_x": (lambda x, m, s: tv.affine(x, 0, [0, 0], 1, [math.degrees(math.atan(0.99 * s)), 0], BILINEAR), 1e-4),
+    "shear_y": (lambda x, m, s: tv.affine(x, 0, [0, 0], 1, [0, math.degrees(math.atan(0.99 * s))], BILINEAR), 1e-4),
     "translate_x": (lambda x, m, s: tv.affine(x, 0, [-16 * s, 0], 1, [0], BILINEAR), 1e-4),
     "translate_y": (lambda x, m, s: tv.affine(x, 0, [0, -16 * s], 1, [0], BILINEAR), 1e-4),
     "rotate": (lambda x, m, s: tv.rotate(x, 135 * s, BILINEAR), 1e-4),
@@ -234,9 +229,8 @@ def test_folder(tmp_path, monkeypatch):
     write_images(tmp_path / "b", 11, height=50, width=70)
     write_images(tmp_path / "c", 4, height=90, width=40, channels=1)
     dataset = data.load_dataset("folder", str(tmp_path))
-    assert dataset.classes == ["a", "b", "c"] and dataset.test_labels.tolist() == [0, 1, 1]
-    assert dataset.train_images.shape == (17, 3, 32, 32) and dataset.test_images.shape == (3, 3, 32, 32)
-    assert dataset.train_labels.tolist() == [0] * 4 + [1] * 9 + [2] * 4
+    assert dataset.train_images.shape == (17, 3, 32, 32) and dataset.test_labels.tolist() == [0, 1, 1]
+    assert dataset.train_labels.tolist() == [0] * 4 + [1] * 9 + [2] * 4 and dataset.classes == ["a", "b", "c"]
     assert torch.equal(dataset.test_images[0], byte(noise(3, 32, 32, seed=4)))
     grey = dataset.train_images[-4:].float()
     assert torch.equal(grey, grey[:, :1].expand(-1, 3, -1, -1)) and grey.std() > 1
@@ -253,12 +247,13 @@ def test_folder_that_cannot_be_used(tmp_path):
     """No images, one class, too few images, a broken image, differing classes: InputError with the name in it."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "dog").mkdir(parents=True)
-    for folder in ("hollow/cat", "one/cat", "broken/cat", "broken/dog", "differ/train/cat", "differ/test/dog"):
-        write_images(tmp_path / folder, 5)
+    for folder in ("hollow/cat", "one/cat", "broken/cat", "broken/dog", "differ/train/cat", "differ/test/dog",
+                   "few/cat", "few/dog"):
+        write_images(tmp_path / folder, 4)
     path = tmp_path / "broken" / "dog" / "3.png"
     path.write_bytes(path.read_bytes()[:600])
     for folder, words in (("empty", "class folder"), ("hollow", "dog"), ("one", "only one class, cat"),
-                          ("differ", "different classes"), ("broken", "cannot read the image .*dog.3.png")):
+                          ("few", "too few"), ("differ", "different classes"), ("broken", "cannot read .*dog.3.png")):
         with pytest.raises(data.InputError, match=words) as caught:
             data.load_dataset("folder", str(tmp_path / folder))
         assert str(tmp_path / folder) in str(caught.value)
@@ -268,9 +263,11 @@ def test_cifar(tmp_path, monkeypatch):
     """Batches are joined in order, a row of 3072 bytes is an image; one bad file is refused by its name."""
     source, folder, g = torchvision.datasets.CIFAR10, tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
     folder.mkdir()
+
     def write(name, content):
         (folder / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
     # Six batches of 20 images, with the sums that torchvision then takes for the official ones.
     batches = [{"data": g.integers(256, size=(20, 3072), dtype=np.uint8), "labels": [*range(10)] * 2} for _ in range(6)]
     monkeypatch.setattr(source, "train_list", [write(f"data_batch_{i + 1}", batches[i]) for i in range(5)])
@@ -278,10 +275,9 @@ def test_cifar(tmp_path, monkeypatch):
     meta, md5 = write("batches.meta", {"label_names": list("abcdefghij")})
     monkeypatch.setattr(source, "meta", {"filename": meta, "key": "label_names", "md5": md5})
     dataset = data.load_dataset("auto", str(tmp_path))
-    assert dataset.name == "cifar10" and dataset.classes == list("abcdefghij")
+    assert dataset.classes == list("abcdefghij") and dataset.train_labels.tolist() == [*range(10)] * 10
     assert dataset.train_images.shape == (100, 3, 32, 32) and dataset.test_images.shape == (20, 3, 32, 32)
     assert torch.equal(dataset.train_images[20:40].flatten(1), torch.from_numpy(batches[1]["data"]))
-    assert dataset.train_labels.tolist() == [*range(10)] * 10
     for path in (folder / file for file in ("data_batch_3", "test_batch", "batches.meta")):
         whole = path.read_bytes()
         for content, words in ((whole[:-1] + b"!", "altered"), (whole[:-9], "truncated"), (None, "missing")):
@@ -317,18 +313,19 @@ def test_real_cifar10():
 
 def test_train_batches_depend_on_seed_epoch_step_only():
     """Any random state before, and any first step, lead to the same bits with everything on; seeds, epochs differ."""
-    small = data.load_shapes(num_train=110, num_test=50)
+    small = data.load_shapes(num_train=70, num_test=10)
     run = lambda epoch=2, seed=5, first_step=0: list(data.train_batches(
-        small, epoch, 20, seed, first_step, 0.7, jitter=0.3, erasing=0.5, label_smoothing=0.1, mixup=0.8, cutmix=1.0))
+        small, epoch, 16, seed, first_step, 0.7, jitter=0.3, erasing=0.5, label_smoothing=0.1, mixup=0.8, cutmix=1.0))
     whole = run()
-    for step in (0, 1, 3, 5):
+    for step in (0, 1, 3, 4):
         torch.manual_seed(step)
         rest = run(first_step=step)
-        assert len(rest) == 5 - step and all(map(torch.equal, sum(whole[step:], ()), sum(rest, ())))
+        assert len(rest) == 4 - step and all(map(torch.equal, sum(whole[step:], ()), sum(rest, ())))
     assert not any(torch.equal(a[0], b[0]) for a in whole for b in run(epoch=3) + run(seed=6))
-    for images, targets in whole:
-        assert images.shape == (20, 3, 32, 32) and images.dtype == targets.dtype == torch.float32
-        near(targets.sum(1), torch.ones(20))
+    assert all(x.shape == (16, 3, 32, 32) and x.dtype == targets.dtype == torch.float32 for x, targets in whole)
+    near(torch.cat([targets for _, targets in whole]).sum(1), torch.ones(64))
+    runs = (data.train_batches(small, epoch, 16, seed) for epoch, seed in ((0, 0), (0, 1), (1, 0)))
+    assert len({float(torch.rand(())) for run in runs for _ in run}) == 12  # a random state of its own for each step
 
 
 def test_train_batches_take_each_image_once():
@@ -350,5 +347,4 @@ def test_test_batches(shapes):
     assert [len(images) for images, _ in batches] == [300] * 4
     assert torch.equal(torch.cat([labels for _, labels in batches]), shapes.test_labels)
     pixels = torch.cat([images for images, _ in batches]) * shapes.std + shapes.mean
-    near(pixels[:1000], shapes.test_images / 255)
-    near(pixels[1000:], torch.zeros(200, 3, 32, 32))
+    near(pixels, F.pad(shapes.test_images / 255, (0, 0, 0, 0, 0, 0, 0, 200)))

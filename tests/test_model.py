@@ -39,7 +39,7 @@ def close(a, b, atol=1e-10):
 def gradients(module, out):
     """By name, each parameter's gradient for a loss that weighs every output differently."""
     names, parameters = zip(*module.named_parameters())
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return dict(zip(names, torch.autograd.grad((out * weights).sum(), parameters)))
 
 
@@ -321,20 +321,20 @@ def test_impossible_options_raise(make, message):
 # the letters of its input, and the value of each letter by the legend in model.py's docstring, no two alike.
 
 TOKENS = dict(B=5, N=7, D=12, H=3, E=4, M=24)
-IMAGES = dict(B=5, C=2, S=8, P=2, D=12, K=3, O=6, R=4)
-TRUNK = dict(num_classes=3, in_channels=2, widths=(4, 6), depths=(1, 1))
+IMAGES = dict(B=5, C=3, S=8, P=2, D=12, K=7, O=6, R=4)
+TRUNK = dict(num_classes=7, in_channels=3, widths=(4, 6), depths=(1, 1))
 CASES = [
     ("DropPath", dict(rate=0.5), "BND", TOKENS),
     ("LayerScale", dict(dim=12), "BND", TOKENS),
     ("Attention", dict(dim=12, num_heads=3), "BND", TOKENS),
     ("MLP", dict(dim=12, hidden_dim=24), "BND", TOKENS),
     ("Block", dict(dim=12, num_heads=3, mlp_ratio=2), "BND", TOKENS),
-    ("PatchEmbed", dict(image_size=8, patch_size=2, in_channels=2, dim=12), "BCSS", dict(IMAGES, N=16)),
+    ("PatchEmbed", dict(image_size=8, patch_size=2, in_channels=3, dim=12), "BCSS", dict(IMAGES, N=16)),
     ("Encoder", dict(num_tokens=7, dim=12, depth=2, num_heads=3, pool="cls"), "BND", TOKENS),
     ("Encoder", dict(num_tokens=7, dim=12, depth=2, num_heads=3, pool="mean"), "BND", TOKENS),
-    ("ViT", dict(num_classes=3, image_size=8, in_channels=2, patch_size=2, dim=12, depth=1), "BCSS", IMAGES),
-    ("BasicBlock", dict(in_channels=2, out_channels=6, downsample="stride"), "BCSS", IMAGES),
-    ("BasicBlock", dict(in_channels=2, out_channels=6, downsample="pool"), "BCSS", IMAGES),
+    ("ViT", dict(num_classes=7, image_size=8, in_channels=3, patch_size=2, dim=12, depth=1), "BCSS", IMAGES),
+    ("BasicBlock", dict(in_channels=3, out_channels=6, downsample="stride"), "BCSS", IMAGES),
+    ("BasicBlock", dict(in_channels=3, out_channels=6, downsample="pool"), "BCSS", IMAGES),
     ("ResNet18", TRUNK, "BCSS", IMAGES),
     ("Hybrid", dict(TRUNK, image_size=8, dim=12, depth=1), "BCSS", IMAGES),
 ]
@@ -425,9 +425,9 @@ def sources(name):
 
 @pytest.mark.parametrize("name, options, entering, letters", CASES)
 def test_each_class_can_be_copied_out(name, options, entering, letters):
-    """With the helpers `require` and `classifier` and what its docstring names, a class needs only torch."""
+    """With what its docstring names, a class needs only torch."""
     namespace = {"torch": torch, "nn": nn, "F": F}
-    exec("\n\n".join({**sources("require"), **sources("classifier"), **sources(name)}.values()), namespace)
+    exec("\n\n".join(sources(name).values()), namespace)
     namespace[name](**options)(torch.randn([letters[letter] for letter in entering]))
 
 
@@ -458,7 +458,7 @@ def test_attention_on_cuda(N):
             out = (out[0] if options else out).float()
             results.append([out.detach(), *gradients(attention, out).values()])
         for want, real in zip(*results):
-            assert bool(real.isfinite().all()) and float((real - want).norm()) < 0.03 * float(want.norm()) + 1e-3
+            assert bool(real.isfinite().all()) and float((real - want).norm() / want.norm()) < 0.02
 
 
 @CUDA
