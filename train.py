@@ -108,7 +108,7 @@ class Config:
 # slow it down, so its full recipe is label smoothing. A base run sees every image 200 times, and needs all there is.
 NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
 TINY = dict(NO_REGULARISATION, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=2e-3, muon_lr=0.01,
-            weight_decay=0.05, warmup=0.5, clip=0.0, ema=0.0)
+            weight_decay=0.01, warmup=0.2, clip=0.0, ema=0.0)
 BASE = dict(trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0, batch_size=512,
             optimizer="adamw", lr=1e-3, muon_lr=0.005, weight_decay=0.05, warmup=10.0, clip=1.0, ema=0.9995, epochs=200)
 PRESETS = {
