@@ -58,9 +58,9 @@ class Dataset:
             # In float64 from a histogram of the 256 values: exact, and without a float copy of all images.
             values = torch.arange(256, dtype=torch.float64) / 255
             channels = self.train_images.transpose(0, 1).flatten(1)  # (C, N*S*S)
-            share = torch.stack([torch.bincount(c, minlength=256) for c in channels]) / channels.shape[1]  # (C, 256)
-            mean = share.double() @ values  # (C,)
-            var = share.double() @ values**2 - mean**2
+            count = torch.stack([torch.bincount(c, minlength=256) for c in channels]).double()  # (C, 256)
+            mean = count @ values / channels.shape[1]  # (C,)
+            var = count @ values**2 / channels.shape[1] - mean**2
             self.mean = mean.float().view(1, -1, 1, 1)
             self.std = var.clamp(min=1e-6).sqrt().float().view(1, -1, 1, 1)
 
@@ -272,7 +272,7 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, trivial=0.0, j
     device, N = dataset.train_images.device, len(dataset.train_labels)
     order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(N)).to(device)
     for step in range(first_step, N // batch_size):
-        torch.manual_seed(int(np.random.default_rng((seed, epoch, step)).integers(2**63)))
+        torch.manual_seed(int(np.random.default_rng((seed, epoch, step + 1)).integers(2**63)))
         index = order[step * batch_size : (step + 1) * batch_size]
         images = crop_and_flip(dataset.train_images[index])
         images = images.float() / 255
@@ -451,11 +451,12 @@ def trivial_augment(images, probability):
     out = torch.where(drew("posterize"), (images * 255 / step).floor() * step / 255, out)
     out = torch.where(drew("solarize") & (images > 1 - strength), 1 - images, out)
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
-    out = torch.where(drew("autocontrast"), (images - low) / (high - low).clamp(min=1 / 255), out)
+    varied = high > low  # a channel of one value has nothing to stretch
+    out = torch.where(drew("autocontrast") & varied, (images - low) / (high - low).clamp(min=1 / 255), out)
 
     # Equalize: a pixel's new value is the share of its channel's pixels that are not brighter.
     level = (images * 255).round().long().flatten(2)  # (B, C, S*S)
     one = torch.ones_like(images).flatten(2)
     count = torch.zeros(B, C, 256, device=images.device).scatter_add(2, level, one)
     share = count.cumsum(dim=2).gather(2, level).view_as(images) / S**2
-    return torch.where(drew("equalize"), share, out)
+    return torch.where(drew("equalize") & varied, share, out)

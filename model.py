@@ -181,7 +181,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + (pool == "cls"), dim))
         if encoder == "explicit":
-            rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+            rates = [drop_path * (i / (depth - 1) if depth > 1 else 1) for i in range(depth)]
             self.blocks = nn.Sequential(*[Block(dim, num_heads, mlp_ratio, rate, gamma_init) for rate in rates])
         else:
             if drop_path or gamma_init is not None:
@@ -264,9 +264,9 @@ class BasicBlock(nn.Module):
             pool = nn.MaxPool2d(2) if downsample == "pool" else nn.Identity()
             conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.shortcut = nn.Sequential(pool, conv, nn.BatchNorm2d(out_channels))
-        # Initialisation is torch's own. A BatchNorm follows every convolution, so the scale of its kernel cancels. The
-        # last BatchNorm's gamma starts at 1, not at 0 as for very large batches: at a learning rate of 2e-3, AdamW
-        # would take 500 steps to bring it to 1, half of a short training.
+        # Initialisation is torch's own: a BatchNorm follows every convolution, so the scale of a kernel does not reach
+        # the output. The last BatchNorm's gamma starts at 1, not at 0 as for very large batches: at a learning rate of
+        # 2e-3, AdamW would take 500 steps to bring it to 1, half of a short training.
 
     def forward(self, x):
         y = F.relu(self.norm1(self.pool(self.conv1(x))))  # (B, O, R, R)
@@ -282,8 +282,10 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
     stage but the first halves the side. ValueError unless there is one depth per width, and a block wherever the
     side halves.
     """
-    if len(widths) != len(depths) or not all(depths[1:]):
+    if not widths or len(widths) != len(depths) or not all(depths[1:]):
         raise ValueError(f"widths {widths} and depths {depths} do not fit together")
+    if downsample not in ("stride", "pool"):
+        raise ValueError(f"unknown downsample {downsample!r}: choose stride or pool")
     layers = [nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
     channels = widths[0]
     for stage, (width, depth) in enumerate(zip(widths, depths)):
