@@ -163,7 +163,8 @@ def resolve(config):
     preset = dict(PRESETS[config.model, config.size])
     if config.recipe == "basic":
         preset.update(NO_REGULARISATION, ema=0.0)
-        preset.update(drop_path=0.0) if "drop_path" in preset else None
+        if "drop_path" in preset:
+            preset["drop_path"] = 0.0
     if config.encoder == "builtin":
         preset.update(drop_path=0.0, gamma_init=None)
     for field in dataclasses.fields(config):
@@ -550,7 +551,8 @@ def run(config, loss_function=cross_entropy):
 
             now = time.perf_counter()
             if stopped_by or (now - last_save > 300 and i + 1 < steps_per_epoch):
-                save_last()
+                if losses[: i + 1].isfinite().all():  # waits for the device; a ruined model must not replace a good one
+                    save_last()
                 last_save = now
             if stopped_by:
                 print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it")
@@ -617,10 +619,9 @@ def main(config_class=Config, start=lambda config: run(resolve(config))):
         start(parse_config(config_class))
     except InputError as error:
         sys.exit(f"error: {error}")
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit("error: out of memory: lower --batch-size, or choose --size tiny")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))  # a CPU's allocator raises a RuntimeError
+        if not known and "can't allocate memory" not in str(error):
             raise
         sys.exit("error: out of memory: lower --batch-size, or choose --size tiny")
     except OSError as error:
