@@ -162,7 +162,8 @@ class Encoder(nn.Module):
     """Tokens in, one feature vector per image out. Builds on Block.
 
     x (B, N, D) -> (B, D): adds learned position embeddings (and a class token in front, with pool="cls"), runs `depth`
-    blocks and a final LayerNorm, and takes the class token, or the mean over all tokens (pool="mean").
+    blocks and a final LayerNorm, and takes the class token, or the mean over all tokens (pool="mean"). pool="distill"
+    puts a distillation token beside the class token, and takes both: (B, 2, D), for TwoHeads.
     The DropPath rate grows linearly with depth, from 0 in the first block to `drop_path` in the last.
     encoder="builtin" puts torch's nn.TransformerEncoder in the place of our blocks: pre-norm and GELU as well, but
     without gamma and DropPath. ValueError for an unknown pool or encoder, or for options that "builtin" does not have.
@@ -171,16 +172,18 @@ class Encoder(nn.Module):
     def __init__(self, num_tokens, dim, depth, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1e-4,
                  pool="mean", encoder="explicit"):
         super().__init__()
-        if pool not in ("cls", "mean"):
-            raise ValueError(f"unknown pool {pool!r}: choose cls or mean")
+        if pool not in ("mean", "cls", "distill"):
+            raise ValueError(f"unknown pool {pool!r}: choose mean, cls or distill")
         if encoder not in ("explicit", "builtin"):
             raise ValueError(f"unknown encoder {encoder!r}: choose explicit or builtin")
         if depth < 1:
             raise ValueError(f"the encoder needs a depth of at least 1, not {depth}")
         if dim % num_heads:
             raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + (pool == "cls"), dim))
+        self.pool = pool
+        extra_tokens = {"mean": 0, "cls": 1, "distill": 2}[pool]
+        self.cls_token = nn.Parameter(torch.zeros(1, extra_tokens, dim)) if extra_tokens else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + extra_tokens, dim))
         if encoder == "explicit":
             rates = [drop_path * (i / (depth - 1) if depth > 1 else 1) for i in range(depth)]
             self.blocks = nn.Sequential(*[Block(dim, num_heads, mlp_ratio, rate, gamma_init) for rate in rates])
@@ -209,9 +212,11 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N+1, D)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N+1, D), or N+2 with "distill"
         x = self.norm(self.blocks(x + self.pos_embed))
-        return x.mean(dim=1) if self.cls_token is None else x[:, 0]  # (B, D)
+        if self.pool == "distill":
+            return x[:, :2]
+        return x[:, 0] if self.pool == "cls" else x.mean(dim=1)  # (B, D)
 
 
 def classifier(dim, num_classes):
@@ -222,10 +227,28 @@ def classifier(dim, num_classes):
     return head
 
 
-class ViT(nn.Module):
-    """Vision Transformer (Dosovitskiy et al. 2021, 2010.11929). Builds on PatchEmbed, Encoder and classifier.
+class TwoHeads(nn.Module):
+    """A classifier each for the class token and the distillation token (DeiT, Touvron et al. 2021, 2012.12877).
 
-    images (B, C, S, S), float, normalised -> logits (B, K). The options are those of PatchEmbed and Encoder.
+    x (B, 2, D) -> (B, 2, K) in training, where the labels teach the first and another model the second; in evaluation
+    the mean of both, (B, K). Builds on classifier.
+    """
+
+    def __init__(self, dim, num_classes):
+        super().__init__()
+        self.by_label = classifier(dim, num_classes)
+        self.by_teacher = classifier(dim, num_classes)
+
+    def forward(self, x):
+        logits = torch.stack([self.by_label(x[:, 0]), self.by_teacher(x[:, 1])], dim=1)  # (B, 2, K)
+        return logits if self.training else logits.mean(dim=1)
+
+
+class ViT(nn.Module):
+    """Vision Transformer (Dosovitskiy et al. 2021, 2010.11929). Builds on PatchEmbed, Encoder, TwoHeads and classifier.
+
+    images (B, C, S, S), float, normalised -> logits (B, K). The options are those of PatchEmbed and Encoder; with
+    pool="distill" the logits are TwoHeads'.
     """
 
     def __init__(self, num_classes=10, image_size=32, in_channels=3, patch_size=4, dim=384, depth=7, num_heads=6,
@@ -233,7 +256,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, dim)
         self.encoder = Encoder(self.patch_embed.num_tokens, dim, depth, num_heads, **options)
-        self.head = classifier(dim, num_classes)
+        self.head = (TwoHeads if options.get("pool") == "distill" else classifier)(dim, num_classes)
 
     def forward(self, images):
         x = self.patch_embed(images)  # (B, (S/P)**2, D)
@@ -315,8 +338,8 @@ class ResNet18(nn.Module):
 
 
 class Hybrid(nn.Module):
-    """A ResNet-18 trunk whose feature map becomes the tokens of a Transformer. Builds on resnet_trunk, Encoder and
-    classifier.
+    """A ResNet-18 trunk whose feature map becomes the tokens of a Transformer. Builds on resnet_trunk, Encoder,
+    TwoHeads and classifier.
 
     images (B, C, S, S), float, normalised -> logits (B, K). By default the trunk is the first three stages of
     ResNet-18: 32 x 32 pixels become 8 x 8 features of 256 channels, 64 tokens like those of a ViT with patch size 4,
@@ -335,7 +358,7 @@ class Hybrid(nn.Module):
         nn.init.trunc_normal_(self.proj.weight, std=widths[-1] ** -0.5)
         nn.init.zeros_(self.proj.bias)
         self.encoder = Encoder((image_size // stride) ** 2, dim, depth, num_heads, **options)
-        self.head = classifier(dim, num_classes)
+        self.head = (TwoHeads if options.get("pool") == "distill" else classifier)(dim, num_classes)
 
     def forward(self, images):
         x = self.trunk(images)  # (B, O, R, R)

@@ -41,9 +41,15 @@ from model import MODELS, build_model
 # ---------------------------------------------------------------------------------------------------------------------
 # Config
 
-def option(default, help, choices=None, low=None, high=None):
-    """A field of Config: its default (None: the preset's), its help, and the values allowed (low and high included)."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
+def option(default, help, choices=None, low=None, high=None, flag=None):
+    """A field of Config: its default (None: the preset's), its help, and the values allowed (low and high included).
+
+    The flag is the field's name, unless `flag` gives another."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, flag=flag))
+
+
+def flag_of(field):
+    return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
 
 
 def number_or_none(text):
@@ -96,7 +102,7 @@ class Config:
     seed: int = option(0, "of the weights, the batches and all that is random", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: on a GPU, and on a CPU when the run is long enough to gain",
+    compile: str = option("auto", "torch.compile; auto: on a GPU",
                           choices=("auto", "on", "off"))
     name: str = option(None, "of the run's folder (default: from model, size, recipe, data set and seed)")
     out: str = option("runs", "the folder that holds the runs' folders")
@@ -135,18 +141,18 @@ def parse_config(config_class=Config, argv=None, description=__doc__):
 
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
-        flag, kind, meta = "--" + field.name.replace("_", "-"), field.type, field.metadata
+        flag, kind, meta = flag_of(field), field.type, field.metadata
         if kind is bool:
-            parser.add_argument(flag, action="store_true", help=meta["help"])
+            parser.add_argument(flag, dest=field.name, action="store_true", help=meta["help"])
             continue
         per_preset = {f"{model} {size}": preset[field.name] for (model, size), preset in PRESETS.items()
                       if field.name in preset}
         default = ("preset: " + ", ".join(f"{who} {value}" for who, value in per_preset.items()) if per_preset
                    else field.default)
         text = meta["help"] + (f" (default: {default})" if default is not None else "")
-        parser.add_argument(flag, type=number_or_none if field.name == "gamma_init" else kind, default=field.default,
-                            choices=meta["choices"], metavar=None if meta["choices"] else kind.__name__.upper(),
-                            help=text.replace("%", "%%"))
+        parser.add_argument(flag, dest=field.name, type=number_or_none if field.name == "gamma_init" else kind,
+                            default=field.default, choices=meta["choices"],
+                            metavar=None if meta["choices"] else kind.__name__.upper(), help=text.replace("%", "%%"))
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -174,15 +180,21 @@ def resolve(config):
                 setattr(config, field.name, preset[field.name])
         elif field.name in PRESETS["vit", "base"] or (field.name in ("encoder", "pool") and config.model == "resnet18"):
             if not unset:
-                raise InputError(f"--{field.name.replace('_', '-')} means nothing to a {config.model}: leave it out")
+                raise InputError(f"{flag_of(field)} means nothing to a {config.model}: leave it out")
             setattr(config, field.name, None)
     for field in dataclasses.fields(config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        flag = "--" + field.name.replace("_", "-")
         if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
-            raise InputError(f"{flag} must be {'at least' if high is None else 'from'} {low}"
+            raise InputError(f"{flag_of(field)} must be {'at least' if high is None else 'from'} {low}"
                              f"{'' if high is None else f' to {high}'}, not {value}")
-    config.name = config.name or f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
+    if not config.name:
+        config.name = f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
+        config.name += f"-hold-out-{config.hold_out}" if config.hold_out else ""
+    try:
+        with torch.device("meta"):  # without memory or time: only to see whether the sizes fit together
+            build_model(config.model, **model_options(config, num_classes=10))
+    except ValueError as error:
+        raise InputError(f"{error} (--help lists the flags)") from None
     return config
 
 
@@ -220,7 +232,7 @@ def split_parameters(model):
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))]
     matrices = [m.in_proj_weight if isinstance(m, nn.MultiheadAttention) else m.weight for m in layers]
     first = model.trunk[0].weight if hasattr(model, "trunk") else model.patch_embed.proj.weight
-    ends = {id(first), id(model.head.weight)}
+    ends = {id(p) for p in (first, *model.head.parameters())}
     inner = [p for p in matrices if id(p) not in ends]
     outer = [p for p in matrices if id(p) in ends]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -276,8 +288,11 @@ def float_state(model):
 
 
 def cross_entropy(logits, targets, images):
-    """The loss of a plain run. logits float32 (B, K), targets (B, K); a teacher would look at the images as well."""
-    return F.cross_entropy(logits, targets)
+    """The loss of a plain run. logits float32 (B, K), targets (B, K); a teacher would look at the images as well.
+
+    Returns the loss and a dict of what else to log of it, scalars: here nothing.
+    """
+    return F.cross_entropy(logits, targets), {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,12 +308,15 @@ def choose_amp(config):
     return "bf16" if fast else "off"  # emulated bf16 is slower than float32
 
 
-def choose_compile(config, training_flops):
-    """Whether to compile. On a CPU it must win its own 40 s back, and needs a C++ compiler."""
-    if config.compile != "auto":
-        return config.compile == "on"
-    return config.device == "cuda" or (config.device == "cpu" and training_flops > 4e13
-                                       and bool(shutil.which(os.environ.get("CXX", "g++"))))
+def make_autocast(config):
+    """The context of every forward pass: matrix products and convolutions in half precision, where that is faster."""
+    amp = choose_amp(config)
+    return torch.autocast(config.device, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
+
+
+def choose_compile(config):
+    """Whether to compile. Not on CPUs by themselves: COMPILE_NOTE"""
+    return config.device == "cuda" if config.compile == "auto" else config.compile == "on"
 
 
 def count_flops(name, options, image_shape):
@@ -404,15 +422,21 @@ def clock(seconds):
 FREE_FIELDS = ("epochs", "name", "out", "device", "data_dir", "resume", "overwrite")
 
 
+def run_folder(config):
+    """The run's folder. InputError if it exists, and neither --resume nor --overwrite was given."""
+    folder = os.path.join(config.out, config.name)
+    if os.path.exists(folder) and not config.resume and not config.overwrite:
+        raise InputError(f"{folder} exists already: choose another --name, or --resume or --overwrite it")
+    return folder
+
+
 def open_run(config):
     """Make the run's folder, or find it with --resume. Returns (folder, content of last.pt or None).
 
-    InputError if the folder exists and neither --resume nor --overwrite was given, or if a resumed run would differ.
+    InputError if it is taken (see run_folder), if it cannot be written, or if a resumed run would differ.
     """
-    folder = os.path.join(config.out, config.name)
+    folder = run_folder(config)
     if not config.resume:
-        if os.path.exists(folder) and not config.overwrite:
-            raise InputError(f"{folder} exists already: choose another --name, or --resume or --overwrite it")
         try:
             os.makedirs(folder, exist_ok=True)
             for file in ("log.jsonl", "last.pt", "model.pt"):
@@ -435,45 +459,40 @@ def open_run(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
-def run(config, loss_function=cross_entropy):
+def run(config, loss_function=cross_entropy, start=START, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
-    loss_function(logits, targets, images) -> loss is what distill.py replaces; logits are float32, targets soft.
+    loss_function(logits, targets, images) -> (loss, more to log) is what distill.py replaces; logits are float32,
+    targets soft. `start` is when the run's clock began, `about` what the log's first line shall say besides.
     Raises InputError for what the person who started it can mend.
     """
     # What runs: data, model, precision. The weights depend on the seed alone.
     device = torch.device(config.device)
-    amp = choose_amp(config)
+    amp, autocast, compiled = choose_amp(config), make_autocast(config), choose_compile(config)
     if amp == "fp16" and config.optimizer == "muon":
         raise InputError("Muon needs gradients that cannot overflow: use --optimizer adamw, or --amp bf16 or off")
     dataset = load_dataset(config.dataset, config.data_dir, config.hold_out, config.seed).to(device)
     fell_back = config.dataset == "auto" and dataset.name == "shapes"
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
-    about = dict(name=dataset.name, train=len(dataset.train_labels), test=len(dataset.test_labels),
+    data = dict(name=dataset.name, train=len(dataset.train_labels), test=len(dataset.test_labels),
                  test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back)
-    steps_per_epoch = about["train"] // config.batch_size
+    steps_per_epoch = data["train"] // config.batch_size
     if steps_per_epoch == 0:
-        raise InputError(f"--batch-size {config.batch_size} is more than the {about['train']} training images")
+        raise InputError(f"--batch-size {config.batch_size} is more than the {data['train']} training images")
     total_steps, warmup_steps = config.epochs * steps_per_epoch, round(config.warmup * steps_per_epoch)
     if warmup_steps >= total_steps:
         warmup_steps = total_steps // 10  # a run shorter than its preset's warm-up
     options = model_options(config, len(dataset.classes))
     torch.manual_seed(config.seed)
-    try:
-        model = build_model(config.model, **options)
-    except ValueError as error:
-        raise InputError(f"{error} (train.py --help lists the flags)") from None
+    model = build_model(config.model, **options)
     # Convolutions are faster with the channels last in memory, on GPUs and CPUs alike.
     model = model.to(device, memory_format=torch.channels_last)
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
-    compiled = choose_compile(config, 3 * flops * total_steps * config.batch_size)
     folder, checkpoint = open_run(config)
 
     optimizers = make_optimizers(model, config)
     averaged = copy.deepcopy(model) if config.ema else model  # the weights that are evaluated and kept
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    half = torch.float16 if amp == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype=half, enabled=amp != "off")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
@@ -482,8 +501,8 @@ def run(config, loss_function=cross_entropy):
         if averaged is not model:
             averaged.compile()
     averaged_state, model_state = float_state(averaged), float_state(model)
-    # Each step writes its loss and floor here, on the device; they are read once an epoch, so no step waits for them.
-    losses, floors = torch.zeros(2, steps_per_epoch, device=device)
+    # Each step writes its loss, its floor and more here, on the device; read once an epoch, so no step waits for them.
+    curves = {}
 
     step = 0
     if checkpoint:
@@ -492,14 +511,23 @@ def run(config, loss_function=cross_entropy):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
-        losses.copy_(checkpoint["losses"]), floors.copy_(checkpoint["floors"])
-        step = checkpoint["step"]
+        curves, step = checkpoint["curves"], checkpoint["step"]
 
     def save_last():
         optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
         save(dict(config=dataclasses.asdict(config), step=step, model=model.state_dict(),
                   averaged=averaged.state_dict(), optimizers=optimizer_states, scaler=scaler.state_dict(),
-                  losses=losses, floors=floors), os.path.join(folder, "last.pt"))
+                  curves=curves), os.path.join(folder, "last.pt"))
+
+    def check_finite(losses, first):
+        """A ruined model must not replace a good one."""
+        for i, loss in enumerate(losses, start=first):
+            if not math.isfinite(loss):
+                kept = os.path.exists(os.path.join(folder, "last.pt"))
+                raise InputError(f"the loss became {loss} at step {i}, lr "
+                                 f"{lr_at(i, total_steps, warmup_steps, config.lr):.2g} "
+                                 f"({'last.pt is from before it' if kept else 'before anything was saved'}): lower "
+                                 "--lr or --muon-lr, or set --clip 1")
 
     def log(event, **values):
         with open(os.path.join(folder, "log.jsonl"), "a") as file:
@@ -508,11 +536,11 @@ def run(config, loss_function=cross_entropy):
     parameters = sum(p.numel() for p in model.parameters())
     machine = describe_machine(config.device)
     log("start" if step == 0 else "resume", step=step, command=shlex.join(["python", *sys.argv]), commit=git_commit(),
-        config=dataclasses.asdict(config), data=about, parameters=parameters, forward_flops=flops, amp=amp,
-        compiled=compiled, **machine)
+        config=dataclasses.asdict(config), data=data, parameters=parameters, forward_flops=flops, amp=amp,
+        compiled=compiled, **machine, **about)
     print(f"{note}{config.model}, size {config.size}, recipe {config.recipe}: {parameters / 1e6:.2f} M parameters, "
           f"{flops / 1e9:.3f} GFLOP per image forward")
-    print(f"{dataset.name}: {about['train']} training and {about['test']} {dataset.test_split} images; {config.epochs} "
+    print(f"{dataset.name}: {data['train']} training and {data['test']} {dataset.test_split} images; {config.epochs} "
           f"epochs of {steps_per_epoch} steps of {config.batch_size}")
     print(f"{machine['machine']}, torch {torch.__version__}, precision {amp}, "
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
@@ -533,7 +561,7 @@ def run(config, loss_function=cross_entropy):
                     group["lr"] = lr_at(step, total_steps, warmup_steps, group["peak_lr"])
             with autocast:
                 logits = model(images)  # (B, K)
-            loss = loss_function(logits.float(), targets, images)
+            loss, parts = loss_function(logits.float(), targets, images)
             scaler.scale(loss).backward()
             if config.clip:
                 for optimizer in optimizers:
@@ -546,13 +574,14 @@ def run(config, loss_function=cross_entropy):
             if averaged is not model:  # the decay grows to its full value, or the first weights would linger
                 decay = min(config.ema, (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
-            losses[i], floors[i] = loss.detach(), entropy(targets)
+            for name, value in dict(loss=loss, floor=entropy(targets), **parts).items():
+                curves.setdefault(name, torch.zeros(steps_per_epoch, device=device))[i] = value.detach()
             step += 1
 
             now = time.perf_counter()
             if stopped_by or (now - last_save > 300 and i + 1 < steps_per_epoch):
-                if losses[: i + 1].isfinite().all():  # waits for the device; a ruined model must not replace a good one
-                    save_last()
+                check_finite(curves["loss"][: i + 1].tolist(), step - i - 1)  # waits for the device
+                save_last()
                 last_save = now
             if stopped_by:
                 print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it")
@@ -563,26 +592,21 @@ def run(config, loss_function=cross_entropy):
                 print(f"\r{epoch + 1:5d}: step {i + 1} of {steps_per_epoch}, {speed:.0f} images/s, "
                       f"{clock(left)} left  ", end="", flush=True)
 
-        epoch_losses = losses.tolist()  # waits for the device, once an epoch
+        check_finite(curves["loss"].tolist(), epoch * steps_per_epoch)  # waits for the device, once an epoch
         seconds = time.perf_counter() - epoch_start
-        for i, value in enumerate(epoch_losses):
-            if not math.isfinite(value):
-                lr = lr_at(epoch * steps_per_epoch + i, total_steps, warmup_steps, config.lr)
-                kept = os.path.exists(os.path.join(folder, "last.pt"))
-                raise InputError(f"the loss became {value} at step {epoch * steps_per_epoch + i}, lr {lr:.2g} "
-                                 f"({'last.pt is from before it' if kept else 'before anything was saved'}): lower "
-                                 "--lr or --muon-lr, or set --clip 1")
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
         speeds.append((steps_per_epoch - done) * config.batch_size / seconds)
         lr = optimizers[-1].param_groups[0]["lr"]
         now = time.perf_counter()
         left = (total_steps - step) * (now - training_start) / (step - first_step)
-        loss, floor = sum(epoch_losses) / steps_per_epoch, floors.mean().item()
+        means = {name: curve.mean(dtype=torch.float64).item() for name, curve in curves.items()}
+        loss, floor = means.pop("loss"), means.pop("floor")
         wipe = "\r\033[K" if sys.stdout.isatty() else ""  # the progress line
-        print(f"{wipe}{epoch + 1:5d}  {loss:10.4f}  {floor:5.3f}  {accuracy:8.4f}  {lr:8.2e}  "
-              f"{speeds[-1]:8.0f}  {clock(now - START):>7}  {clock(left):>6}", flush=True)
-        log("epoch", epoch=epoch + 1, step=step, train_loss=loss, loss_floor=floor, accuracy=accuracy, lr=lr,
-            images_per_second=speeds[-1], seconds=now - START)
+        print(f"{wipe}{epoch + 1:5d}  {loss:10.4f}  {floor:5.3f}  {accuracy:8.4f}  {lr:8.2e}  {speeds[-1]:8.0f}  "
+              f"{clock(now - start):>7}  {clock(left):>6}", *(f" {name} {value:.4f}" for name, value in means.items()),
+              flush=True)
+        log("epoch", epoch=epoch + 1, step=step, train_loss=loss, loss_floor=floor, **means, accuracy=accuracy, lr=lr,
+            images_per_second=speeds[-1], seconds=now - start)
         save_last()
         last_save = time.perf_counter()
 
@@ -592,7 +616,7 @@ def run(config, loss_function=cross_entropy):
     weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
     save(dict(model=config.model, options=options, classes=dataset.classes, mean=dataset.mean.cpu(),
               std=dataset.std.cpu(), state_dict=weights), model_path)
-    seconds = time.perf_counter() - START
+    seconds = time.perf_counter() - start
     speed = float(np.median(speeds[1:] or speeds or [0]))  # the first epoch also compiles
     log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
         hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,

@@ -331,6 +331,7 @@ CASES = [
     ("PatchEmbed", dict(image_size=8, patch_size=2, in_channels=3, dim=12), "BCSS", dict(IMAGES, N=16)),
     ("Encoder", dict(num_tokens=7, dim=12, depth=2, num_heads=3, pool="cls"), "BND", TOKENS),
     ("Encoder", dict(num_tokens=7, dim=12, depth=2, num_heads=3, pool="mean"), "BND", TOKENS),
+    ("TwoHeads", dict(dim=12, num_classes=7), "B2D", {"B": 5, "2": 2, "D": 12, "K": 7}),
     ("ViT", dict(num_classes=7, image_size=8, in_channels=3, patch_size=2, dim=12, depth=1), "BCSS", IMAGES),
     ("BasicBlock", dict(in_channels=3, out_channels=6, downsample="stride"), "BCSS", IMAGES),
     ("BasicBlock", dict(in_channels=3, out_channels=6, downsample="pool"), "BCSS", IMAGES),

@@ -223,14 +223,15 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_ends_with_the_same_bits(tmp_path):
     resumed = command_line(*flags, "--name", "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     whole, cut = (train.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
-    for key in ("model", "averaged", "optimizers", "losses", "step"):
+    for key in ("model", "averaged", "optimizers", "curves", "step"):
         assert same(whole[key], cut[key]), key
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     def broken(logits, targets, images):
         broken.step += 1
-        return train.cross_entropy(logits, targets, images) * (math.nan if broken.step == 20 else 1)
+        loss, parts = train.cross_entropy(logits, targets, images)
+        return loss * (math.nan if broken.step == 20 else 1), parts
     broken.step = -1
     settings = config(*SMALL, "--out", str(tmp_path), "--name", "nan", "--epochs", "3")  # 16 steps an epoch
     with pytest.raises(data.InputError, match="nan at step 20"):

@@ -1,0 +1,170 @@
+"""Distil a ResNet-18 into a Vision Transformer: the run of train.py, with a loss that also listens to a teacher.
+
+    python distill.py              train a ResNet-18, unless runs/ has it already, then a ViT that learns from it
+    python distill.py --alpha 0    its control: the same run without a teacher
+
+From top to bottom: the loss, the teacher, and the command line. The loop is train.py's own.
+"""
+
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import train
+from data import InputError, load_dataset, train_batches
+from train import evaluate, load_model, make_autocast, option
+
+
+@dataclass
+class Config(train.Config):
+    """train.py's options, and the teacher's."""
+
+    model: str = option("vit", "what to train", choices=("vit", "hybrid"), flag="student")
+    teacher: str = option(None, "a model.pt that train.py wrote (default: that of the ResNet-18 that train.py would "
+                                "train with the same size, data set and seed; it is trained first if --out has none)")
+    temperature: float = option(2.0, "softens the probabilities of both", low=0.01)
+    alpha: float = option(0.5, "the teacher's share of the loss, the labels have the rest; 0: no teacher", low=0,
+                          high=1)
+    hard: bool = option(False, "learn the teacher's first choice as a label, not its probabilities")
+    distill_token: bool = option(False, "learn from the teacher through a token and a head of its own, as DeiT")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+def kl_divergence(student_logits, teacher_logits, temperature):
+    """KL(teacher || student) of the softmaxes at that temperature, in nats, mean over the batch. logits (B, K)."""
+    student = F.log_softmax(student_logits / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits / temperature, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha, hard=False):
+    """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy (Hinton 2015, 1503.02531).
+
+    student_logits, teacher_logits, targets: float (B, K) -> a scalar. Student logits of a distillation token's model
+    are (B, 2, K): the first head learns from the targets, the second from the teacher (DeiT, 2012.12877).
+    hard: in place of T^2 KL, the cross-entropy with the teacher's first choice.
+
+    Why T^2? With p = softmax(z / T), the gradient of KL with respect to a student's logit is (p_student - p_teacher)
+    / T, and for large T each p is about 1/K + (z - mean z) / (K T): the difference shrinks with 1/T once more. T^2
+    undoes both, so that alpha keeps its meaning at every temperature.
+    """
+    by_label, by_teacher = student_logits.unbind(1) if student_logits.ndim == 3 else (student_logits, student_logits)
+    if hard:
+        from_teacher = F.cross_entropy(by_teacher, teacher_logits.argmax(dim=1))
+    else:
+        from_teacher = temperature**2 * kl_divergence(by_teacher, teacher_logits, temperature)
+    return alpha * from_teacher + (1 - alpha) * F.cross_entropy(by_label, targets)
+
+
+def make_loss(teacher, config):
+    """The loss function that train.run calls with each batch. It logs its two parts, and how often both agree.
+
+    The teacher sees the very images that the student sees, cropped, coloured and mixed alike: what it says of the clean
+    picture is no answer to a mixed one.
+    """
+    autocast = make_autocast(config)
+
+    def loss_function(logits, targets, images):
+        with torch.no_grad():
+            with autocast:
+                teacher_logits = teacher(images)  # (B, K)
+            teacher_logits = teacher_logits.float()
+        loss = distillation_loss(logits, teacher_logits, targets, config.temperature, config.alpha, config.hard)
+        with torch.no_grad():
+            by_label, by_teacher = logits.unbind(1) if logits.ndim == 3 else (logits, logits)
+            agree = (by_teacher.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
+            parts = dict(kl=kl_divergence(by_teacher, teacher_logits, config.temperature),
+                         cross_entropy=F.cross_entropy(by_label, targets), agreement=agree)
+        return loss, parts
+
+    return loss_function
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+def train_teacher(config):
+    """The path of the ResNet-18's model.pt that `python train.py --model resnet18` makes, trained now if need be."""
+    shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
+    teacher = train.resolve(train.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
+    folder = os.path.join(teacher.out, teacher.name)
+    path = os.path.join(folder, "model.pt")
+    if not os.path.exists(path):
+        teacher.resume = os.path.exists(os.path.join(folder, "last.pt"))
+        teacher.overwrite = not teacher.resume
+        print(f"first the teacher, {folder}")
+        train.run(teacher)
+        print()
+    return path
+
+
+def load_teacher(path, dataset, device):
+    """The model of that file, frozen and in eval mode. InputError if it does not fit the data set."""
+    teacher, about = load_model(path, device)
+    options, shape = about["options"], dataset.train_images.shape[1:]
+    if options["num_classes"] != len(dataset.classes):
+        raise InputError(f"the teacher {path} knows {options['num_classes']} classes, and {dataset.name} has "
+                         f"{len(dataset.classes)}: name another with --teacher")
+    if (options.get("in_channels", 3), options.get("image_size", shape[-1])) != (shape[0], shape[-1]):
+        raise InputError(f"the teacher {path} is for images of another size than {dataset.name}'s: name another with "
+                         "--teacher")
+    if not torch.allclose(about["mean"], dataset.mean.cpu(), atol=1e-6):
+        raise InputError(f"the teacher {path} was trained on other images than {dataset.name}'s (their mean colour is "
+                         "another): train it with the same --dataset and --hold-out")
+    return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def seconds_per_step(teacher, dataset, config):
+    """What the teacher adds to a training step: the seconds of one forward pass, the median of five."""
+    def wait():
+        if config.device != "cpu":
+            getattr(torch, config.device).synchronize()
+
+    images, _ = next(train_batches(dataset, 0, config.batch_size, config.seed))
+    seconds = []
+    for _ in range(7):  # two to warm up, and to compile
+        wait()
+        start = time.perf_counter()
+        with torch.no_grad(), make_autocast(config):
+            teacher(images)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[2:])[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+def start(config):
+    """Train the student of the command line, and its teacher first if there is none."""
+    if config.distill_token and not config.alpha:
+        raise InputError("--distill-token needs a teacher: leave it out with --alpha 0")
+    given = config.name
+    config.pool = "distill" if config.distill_token else config.pool
+    config = train.resolve(config)
+    config.name = given or ("distill-" if config.alpha else "control-") + config.name
+    folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
+    config.resume &= os.path.exists(os.path.join(folder, "last.pt"))  # or the run was stopped while the teacher trained
+    if not config.alpha:
+        return train.run(config)
+    path = config.teacher or train_teacher(config)
+    began = time.perf_counter()
+    dataset = load_dataset(config.dataset, config.data_dir, config.hold_out, config.seed).to(config.device)
+    teacher = load_teacher(path, dataset, config.device)
+    if train.choose_compile(config):
+        teacher.compile()
+    accuracy = evaluate(teacher, dataset, config.batch_size, make_autocast(config))
+    seconds = seconds_per_step(teacher, dataset, config)
+    print(f"teacher {path}: {dataset.test_split} accuracy {accuracy:.4f}, adds {1000 * seconds:.1f} ms to a step")
+    about = dict(path=path, accuracy=accuracy, seconds_per_step=seconds)
+    return train.run(config, make_loss(teacher, config), start=began, teacher=about)
+
+
+if __name__ == "__main__":
+    train.main(Config, start)

@@ -1,0 +1,287 @@
+"""distill.py: the loss against hand sums and closed forms, the teacher left as it was, and whole runs on shapes."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import distill
+import train
+from distill import distillation_loss
+from model import build_model
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--dataset", "shapes", "--patch-size", "8", "--dim", "32", "--depth", "2", "--heads", "2", "--compile", "off",
+         "--size", "tiny", "--device", "cpu"]
+
+
+def logits(*shape, scale=3.0):
+    return scale * torch.randn(*shape, dtype=torch.float64)
+
+
+def start(tmp_path, *flags):
+    """One small distillation in this process. Returns its accuracy and its log."""
+    config = train.parse_config(distill.Config, [*SMALL, "--out", str(tmp_path), *flags])
+    accuracy = distill.start(config)
+    name = config.name or ("control" if not config.alpha else "distill") + "-vit-tiny-full-shapes-0"
+    return accuracy, [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The model.pt of a teacher that has learned something of the shapes."""
+    folder = tmp_path_factory.mktemp("teacher")
+    config = train.parse_config(argv=["--dataset", "shapes", "--model", "resnet18", "--epochs", "2", "--batch-size",
+                                      "100", "--size", "tiny", "--device", "cpu", "--compile", "off", "--out",
+                                      str(folder), "--name", "t"])
+    assert train.run(train.resolve(config)) > 0.5
+    return folder / "t" / "model.pt"
+
+
+# ---- The loss
+
+@pytest.mark.parametrize("temperature, alpha", [(1.0, 0.5), (4.0, 0.9), (2.0, 0.0), (3.0, 1.0)])
+def test_the_loss_is_the_hand_sum(temperature, alpha):
+    student, teacher, targets = logits(4, 5), logits(4, 5), logits(4, 5).softmax(1)
+    total = 0.0
+    for s, t, y in zip(student.tolist(), teacher.tolist(), targets.tolist()):
+        softmax = lambda z, T: [math.exp(v / T) / sum(math.exp(w / T) for w in z) for v in z]
+        p, q, plain = softmax(t, temperature), softmax(s, temperature), softmax(s, 1)
+        kl = sum(a * math.log(a / b) for a, b in zip(p, q))
+        ce = -sum(a * math.log(b) for a, b in zip(y, plain))
+        total += (alpha * temperature**2 * kl + (1 - alpha) * ce) / 4
+    assert distillation_loss(student, teacher, targets, temperature, alpha).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_alpha_0_hears_the_labels_alone_and_alpha_1_the_teacher_alone():
+    student, teacher, targets = logits(4, 5), logits(4, 5), logits(4, 5).softmax(1)
+    assert torch.equal(distillation_loss(student, teacher, targets, 2.0, 0.0), F.cross_entropy(student, targets))
+    one = [distillation_loss(student, teacher, y, 2.0, 1.0) for y in (targets, targets.flip(1))]
+    assert torch.equal(*one) and one[0] > 0
+    assert abs(distillation_loss(student, student, targets, 2.0, 1.0)) < 1e-12
+
+
+@pytest.mark.parametrize("temperature, alpha", [(1.0, 1.0), (4.0, 0.7)])
+def test_the_gradient_is_the_closed_form(temperature, alpha):
+    student, teacher, targets = logits(6, 5).requires_grad_(), logits(6, 5), logits(6, 5).softmax(1)
+    distillation_loss(student, teacher, targets, temperature, alpha).backward()
+    p = lambda z, T: (z.detach() / T).softmax(1)
+    by_teacher = temperature * (p(student, temperature) - p(teacher, temperature)) / 6
+    by_label = (p(student, 1) - targets) / 6
+    torch.testing.assert_close(student.grad, alpha * by_teacher + (1 - alpha) * by_label)
+
+
+def test_a_high_temperature_matches_logits():
+    """Hinton et al.: for large T the gradient is that of half the mean squared difference of the centred logits."""
+    student, teacher = logits(6, 5).requires_grad_(), logits(6, 5)
+    distillation_loss(student, teacher, teacher.softmax(1), 1e6, 1.0).backward()
+    center = lambda z: z - z.mean(dim=1, keepdim=True)
+    torch.testing.assert_close(student.grad, (center(student.detach()) - center(teacher)) / 5 / 6, rtol=1e-4,
+                               atol=1e-7)
+
+
+def test_hard_labels_are_the_teachers_first_choice():
+    student, teacher, targets = logits(6, 5), logits(6, 5), logits(6, 5).softmax(1)
+    one_hot = F.one_hot(teacher.argmax(1), 5).double()
+    expected = 0.7 * F.cross_entropy(student, one_hot) + 0.3 * F.cross_entropy(student, targets)
+    torch.testing.assert_close(distillation_loss(student, teacher, targets, 9.0, 0.7, hard=True), expected)
+
+
+def test_each_token_has_its_own_teacher():
+    both, teacher, targets = logits(6, 2, 5).requires_grad_(), logits(6, 5), logits(6, 5).softmax(1)
+    distillation_loss(both, teacher, targets, 2.0, 0.5).backward()
+    by_label = distillation_loss(a := both.detach()[:, 0].requires_grad_(), teacher, targets, 2.0, 0.0)
+    by_teacher = distillation_loss(b := both.detach()[:, 1].requires_grad_(), teacher, targets, 2.0, 1.0)
+    (0.5 * by_label + 0.5 * by_teacher).backward()
+    torch.testing.assert_close(both.grad, torch.stack([a.grad, b.grad], dim=1))
+
+
+def test_a_model_with_a_distillation_token_has_two_heads_in_training_and_their_mean_after_it():
+    model = build_model("vit", dim=16, depth=1, num_heads=2, pool="distill")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    images, seen = torch.randn(3, 3, 32, 32), []
+    model.head.register_forward_hook(lambda head, x, out: seen.append((x[0], out)))
+    trained, evaluated = model.train()(images), model.eval()(images)
+    assert trained.shape == (3, 2, 10)
+    tokens = seen[0][0]  # (3, 2, 16)
+    torch.testing.assert_close(trained[:, 1], model.head.by_teacher(tokens[:, 1]))
+    torch.testing.assert_close(evaluated, trained.mean(dim=1))
+    assert not torch.allclose(tokens[:, 0], tokens[:, 1])
+
+
+# ---- The teacher
+
+def small_config(**values):
+    config = train.parse_config(distill.Config, [*SMALL, "--amp", "off"])
+    return dataclasses.replace(train.resolve(config), **values)
+
+
+def test_the_teacher_sees_the_students_batch_and_stays_as_it_was(teacher):
+    dataset = data.load_dataset("shapes")
+    model = distill.load_teacher(teacher, dataset, "cpu")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    seen = []
+    model.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out.requires_grad)))
+    loss_function = distill.make_loss(model, small_config(temperature=2.0, alpha=0.5))
+    images, targets = next(data.train_batches(dataset, 0, 50, 0, mixup=1.0))
+    student = torch.randn(50, 10, requires_grad=True)
+    loss, parts = loss_function(student, targets, images)
+    loss.backward()
+    assert seen[0][0] is images and not seen[0][1]
+    assert not model.training and all(p.grad is None and not p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert student.grad.abs().sum() > 0
+    torch.testing.assert_close(loss, 0.5 * 4 * parts["kl"] + 0.5 * parts["cross_entropy"])
+    expected = (student.argmax(1) == model(images).argmax(1)).float().mean()
+    assert parts["agreement"] == expected
+
+
+def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_path, teacher, monkeypatch):
+    """A loss that ignored the teacher would not notice."""
+    def shuffled(*arguments):
+        model = load_teacher(*arguments)
+        model.register_forward_hook(lambda module, inputs, out: out[torch.randperm(len(out))])
+        return model
+    load_teacher, accuracy = distill.load_teacher, []
+    for load in (load_teacher, shuffled):
+        monkeypatch.setattr(distill, "load_teacher", load)
+        flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--student", "hybrid", "--batch-size", "50",
+                 "--epochs", "1", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path), "--overwrite"]
+        accuracy.append(distill.start(train.parse_config(distill.Config, flags)))
+    assert accuracy[0] > accuracy[1] + 0.2
+
+
+# ---- Runs
+
+def test_alpha_0_is_train_py_to_the_bit(tmp_path):
+    flags = ["--epochs", "2", "--drop-path", "0.2", "--mixup", "1", "--cutmix", "1", "--out", str(tmp_path)]
+    start(tmp_path, *flags, "--alpha", "0")
+    train.run(train.resolve(train.parse_config(argv=["--model", "vit", *SMALL, *flags])))
+    ours, theirs = (torch.load(tmp_path / name / "last.pt") for name in
+                    ("control-vit-tiny-full-shapes-0", "vit-tiny-full-shapes-0"))
+    for key in ("model", "averaged"):
+        assert all(torch.equal(value, theirs[key][name]) for name, value in ours[key].items())
+    assert torch.equal(ours["curves"]["loss"], theirs["curves"]["loss"])
+
+
+def test_a_run_logs_the_teacher_and_the_parts_of_the_loss(tmp_path, teacher, capsys):
+    _, log = start(tmp_path, "--teacher", str(teacher), "--epochs", "2", "--temperature", "3", "--alpha", "0.7")
+    about, epochs = log[0]["teacher"], [line for line in log if line["event"] == "epoch"]
+    assert about["path"] == str(teacher) and about["accuracy"] > 0.5 and about["seconds_per_step"] > 0
+    assert re.search(rf"accuracy {about['accuracy']:.4f}, adds [\d.]+ ms to a step", capsys.readouterr().out)
+    for line in epochs:
+        expected = 0.7 * 9 * line["kl"] + 0.3 * line["cross_entropy"]
+        assert line["train_loss"] == pytest.approx(expected, rel=1e-4) and 0 <= line["agreement"] <= 1
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
+
+
+@pytest.mark.parametrize("flags", [["--hard"], ["--distill-token"], ["--hard", "--distill-token"]])
+def test_the_other_ways_to_listen_run_and_their_models_load(tmp_path, teacher, flags):
+    start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "a", *flags)
+    model, about = train.load_model(tmp_path / "a" / "model.pt")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert (about["options"]["pool"] == "distill") == ("--distill-token" in flags)
+
+
+def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.PRESETS, ("resnet18", "tiny"), dict(train.PRESETS["resnet18", "tiny"], epochs=1))
+    start(tmp_path, "--epochs", "1")
+    path = tmp_path / "resnet18-tiny-full-shapes-0" / "model.pt"
+    written = path.stat().st_mtime_ns
+    assert capsys.readouterr().out.count("train loss") == 2
+    start(tmp_path, "--epochs", "1", "--overwrite")
+    assert capsys.readouterr().out.count("train loss") == 1 and path.stat().st_mtime_ns == written
+
+
+def test_a_resumed_distillation_ends_with_the_same_bits(tmp_path, teacher):
+    flags = ["--teacher", str(teacher), "--epochs", "2"]
+    start(tmp_path, *flags, "--name", "whole")
+    made = distill.make_loss
+
+    def stops(*arguments):
+        loss_function, calls = made(*arguments), []
+        def counted(*batch):
+            calls.append(1)
+            if len(calls) == 20:
+                train.stopped_by.append(2)
+            return loss_function(*batch)
+        return counted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "make_loss", stops)
+        patch.setattr(train, "stopped_by", [])
+        with pytest.raises(SystemExit):
+            start(tmp_path, *flags, "--name", "cut")
+    assert torch.load(tmp_path / "cut" / "last.pt")["step"] == 20
+    start(tmp_path, *flags, "--name", "cut", "--resume")
+    whole, cut = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    assert all(torch.equal(value, cut["curves"][name]) for name, value in whole["curves"].items())
+
+
+# ---- Mistakes
+
+def a_model(path, **options):
+    options = dict(num_classes=10, widths=(4, 4), depths=(1, 1)) | options
+    shapes = data.load_dataset("shapes")
+    torch.save(dict(model="resnet18", options=options, classes=[], mean=shapes.mean, std=shapes.std,
+                    state_dict=build_model("resnet18", **options).state_dict()), path)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("missing", "no file"), ("truncated", "damaged"), ("foreign", "not a model.pt"), ("classes", "7 classes"),
+    ("channels", "another size"), ("colour", "mean colour")])
+def test_a_teacher_that_does_not_fit_is_refused(tmp_path, kind, words):
+    path = tmp_path / "t.pt"
+    if kind != "missing":
+        a_model(path, **{"classes": dict(num_classes=7), "channels": dict(in_channels=1)}.get(kind, {}))
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    if kind == "foreign":
+        torch.save(dict(weights=torch.zeros(3)), path)
+    if kind == "colour":
+        content = torch.load(path)
+        torch.save(content | dict(mean=content["mean"] + 0.01), path)
+    with pytest.raises(data.InputError, match=words):
+        start(tmp_path, "--teacher", str(path))
+    assert not list(tmp_path.glob("*/log.jsonl"))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--temperature", "0"], "--temperature"), (["--temperature", "-1"], "--temperature"), (["--alpha", "1.1"], "--alpha"),
+    (["--alpha", "-0.1"], "--alpha"), (["--student", "resnet18"], "resnet18"), (["--model", "vit"], "--model"),
+    (["--alpha", "0", "--distill-token"], "--alpha 0"), (["--teacher", "nowhere.pt"], "nowhere.pt"),
+    (["--patch-size", "5"], "patch size 5")])
+def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--size", "tiny", "--dataset", "shapes", *flags])
+    with pytest.raises(SystemExit) as end:
+        train.main(distill.Config, distill.start)
+    message = capsys.readouterr().err or str(end.value.code)
+    assert end.value.code not in (0, None) and message.startswith("error: ") and words in message
+    assert "\n" not in message.strip() and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_taken_name_is_found_out_before_the_teacher_is_trained(tmp_path):
+    (tmp_path / "distill-vit-tiny-full-shapes-0").mkdir()
+    with pytest.raises(data.InputError, match="--overwrite"):
+        start(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_command_line_of_a_real_process(tmp_path):
+    result = subprocess.run([sys.executable, ROOT / "distill.py", *SMALL, "--teacher", "none.pt", "--out", tmp_path],
+                            capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    text = " ".join(subprocess.run([sys.executable, ROOT / "distill.py", "--help"], capture_output=True,
+                                   text=True).stdout.split())
+    for field in dataclasses.fields(distill.Config):
+        assert f"{train.flag_of(field)} " in text and field.metadata["help"].replace("%%", "%") in text, field.name
