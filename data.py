@@ -152,7 +152,7 @@ def load_folder(data_dir):
         for path, _ in files.samples:
             try:
                 images.append(np.asarray(crop(files.loader(path))))
-            except (OSError, ValueError, SyntaxError) as error:  # what PIL raises, by format
+            except Exception as error:  # PIL raises almost anything, by format and damage
                 raise InputError(f"cannot read the image {path} ({error}): mend or delete it") from None
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, C, S, S)
         return images, torch.tensor(files.targets), files.classes
@@ -260,12 +260,12 @@ def split_hold_out(dataset, hold_out, seed):
 # ---------------------------------------------------------------------------------------------------------------------
 # Batches
 
-def train_batches(dataset, epoch, batch_size, seed, first_step=0, trivial=0.0, jitter=0.0, erasing=0.0,
+def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivial=0.0, jitter=0.0, erasing=0.0,
                   label_smoothing=0.0, mixup=0.0, cutmix=0.0):
     """The batches of one epoch, shuffled and augmented: images float32 (B, C, S, S), normalised; targets (B, K).
 
-    Every image is cropped (padding 4) and flipped; the keywords turn the rest on, see the functions below. The
-    epoch's last, smaller batch is dropped, because another shape would be compiled anew.
+    Every image is shifted by up to `crop` pixels and flipped; the keywords turn the rest on, see the functions below.
+    The epoch's last, smaller batch is dropped, because another shape would be compiled anew.
     Before each batch the global random state is set from (seed, epoch, step). So an epoch can start at any
     `first_step` and see what it would have seen: to resume a run exactly, no random state need be kept.
     """
@@ -274,7 +274,7 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, trivial=0.0, j
     for step in range(first_step, N // batch_size):
         torch.manual_seed(int(np.random.default_rng((seed, epoch, step + 1)).integers(2**63)))
         index = order[step * batch_size : (step + 1) * batch_size]
-        images = crop_and_flip(dataset.train_images[index])
+        images = crop_and_flip(dataset.train_images[index], crop)
         images = images.float() / 255
         if trivial:
             images = trivial_augment(images, trivial)

@@ -5,18 +5,20 @@ import re
 import shlex
 from pathlib import Path
 
+import distill
 import train
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_every_training_command_is_valid():
-    commands = re.findall(r"python train\.py([^\n`#&]*)", README)
-    assert len(commands) >= 5
-    for flags in commands:
+def test_every_command_is_valid():
+    commands = re.findall(r"python (train|distill)\.py([^\n`#&|]*)", README)
+    assert len(commands) >= 10
+    for script, flags in commands:
         if "--help" not in flags and "..." not in flags:
-            train.resolve(train.parse_config(argv=shlex.split(flags)))
+            config_class = train.Config if script == "train" else distill.Config
+            train.resolve(train.parse_config(config_class, shlex.split(flags)))
 
 
 def test_every_file_that_is_named_exists():

@@ -118,6 +118,9 @@ def test_the_schedule_at_its_corners():
     assert lr[55] == pytest.approx(1.0) and 0 < lr[99] < 0.001
     assert all(a < b for a, b in zip(lr[:9], lr[1:10])) and all(a > b for a, b in zip(lr[10:], lr[11:]))
     assert train.lr_at(0, 10, 0, 1.0) == 1.0
+    line = [train.lr_at(step, 100, 10, 2.0, "linear") for step in range(100)]
+    assert line[:11] == lr[:11] and line[55] == pytest.approx(1.0) and line[99] == pytest.approx(2.0 / 90)
+    assert line[30] < lr[30] and line[80] > lr[80]
 
 
 @pytest.mark.parametrize("name, encoder", [("vit", "explicit"), ("hybrid", "explicit"), ("vit", "builtin")])

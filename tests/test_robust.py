@@ -1,0 +1,222 @@
+"""What a run survives: kill -9, damaged and malicious files, a second run of the same name; and torchrun, and hours."""
+
+import io
+import json
+import pickle
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+
+ROOT = Path(train.__file__).parent
+SMALL = ["--dataset", "shapes", "--model", "vit", "--size", "tiny", "--device", "cpu", "--patch-size", "16", "--dim", "8",
+         "--depth", "1", "--heads", "1", "--compile", "off", "--amp", "off"]
+FEW = data.load_shapes(400, 100)
+
+
+def run_python(code, *arguments):
+    """A fresh process that runs the code beside the project's files."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(train, "load_dataset", lambda *_: FEW)
+
+
+def config(tmp_path, *flags):
+    return train.resolve(train.parse_config(argv=[*SMALL, "--out", str(tmp_path), "--name", "a", *flags]))
+
+
+# ---- Kills
+
+KILLS = """
+import os, random, signal, sys, time
+import torch, torch.utils.flop_counter
+torch.set_num_threads(1)  # without a pool of threads, forking is safe
+import data, train
+few = data.load_shapes(400, 100)
+train.load_dataset = lambda *_: few
+config = train.resolve(train.parse_config(argv=sys.argv[1:]))
+last = os.path.join(config.out, config.name, "last.pt")
+random.seed(0)
+step = whole = 0
+for kill in range(50):
+    child = os.fork()
+    if child == 0:
+        config.resume, config.overwrite = os.path.exists(last), True
+        train.run(config)
+        os._exit(1)
+    time.sleep(random.uniform(0.05, 0.8))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it ended by itself"
+    if os.path.exists(last):
+        content = train.load(last)
+        assert content["step"] >= step and all(p.isfinite().all() for p in content["model"].values())
+        step, whole = content["step"], whole + 1
+print("whole", whole, "step", step)
+"""
+
+
+def test_fifty_kills_leave_a_whole_checkpoint_every_time(tmp_path):
+    result = run_python(KILLS, *SMALL, "--epochs", "1000000", "--batch-size", "50", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    whole, step = map(int, re.search(r"whole (\d+) step (\d+)", result.stdout).groups())
+    assert whole >= 45 and step >= 50  # only the first kills may come before the first checkpoint
+
+
+# ---- Damaged and malicious files
+
+class Evil:
+    """Unpickled by a careless reader, it writes a file."""
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return open, (self.marker, "w")
+
+
+def damaged(whole, rng, marker):
+    """Endless ways to spoil a file: cut off, bits flipped, emptied, padded, swapped for something else, malicious."""
+    while True:
+        kind = rng.randrange(6)
+        if kind == 0:
+            yield whole[: rng.randrange(len(whole))]
+        elif kind in (1, 2):
+            spoiled = bytearray(whole)
+            for _ in range(rng.choice((1, 3, 30))):
+                spoiled[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            yield bytes(spoiled)
+        elif kind == 3:
+            start = rng.randrange(len(whole))
+            yield whole[:start] + bytes(rng.randrange(1, 200)) + whole[start + rng.randrange(200) :]
+        elif kind == 4:
+            foreign = io.BytesIO()
+            torch.save(rng.choice(([], {}, {"step": 3}, torch.zeros(3), {"config": {}, "model": 1}, "text")), foreign)
+            yield rng.choice((b"", b"PK\x05\x06" + bytes(18), b"hello", rng.randbytes(500), foreign.getvalue()))
+        else:
+            evil = io.BytesIO()
+            torch.save({"config": Evil(marker), "state_dict": Evil(marker)}, evil)
+            yield rng.choice((pickle.dumps(Evil(marker)), evil.getvalue()))
+
+
+def test_a_damaged_checkpoint_is_refused_or_harmless(tmp_path, few, capsys):
+    """150 broken last.pt and 150 broken model.pt: one sentence each, no other exception, and no code is run."""
+    train.run(config(tmp_path, "--epochs", "1", "--batch-size", "200"))
+    rng, marker, refused = random.Random(0), tmp_path / "executed", 0
+    for name in ("last.pt", "model.pt"):
+        path = tmp_path / "a" / name
+        whole = path.read_bytes()
+        for _, content in zip(range(150), damaged(whole, rng, marker)):
+            path.write_bytes(content)
+            try:
+                if name == "last.pt":
+                    train.run(config(tmp_path, "--epochs", "1", "--batch-size", "200", "--resume"))
+                else:
+                    train.load_model(path)[0](torch.zeros(1, 3, 32, 32))
+            except data.InputError as error:
+                assert "\n" not in str(error) and name in str(error)
+                refused += 1
+            assert not marker.exists()
+        path.write_bytes(whole)
+    assert refused > 270  # the others were damaged where nothing is read
+
+
+def test_a_damaged_image_is_named_or_harmless(tmp_path):
+    """60 broken pictures in a folder of one's own."""
+    rng, refused = random.Random(1), 0
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
+    for i, suffix in enumerate(("png", "jpg", "bmp", "webp") * 15):
+        path, whole = tmp_path / "cat" / f"broken.{suffix}", io.BytesIO()
+        Image.fromarray(noise).save(whole, format={"jpg": "jpeg"}.get(suffix, suffix))
+        path.write_bytes(next(damaged(whole.getvalue(), rng, tmp_path / "executed")))
+        try:
+            data.load_dataset("folder", tmp_path)
+        except data.InputError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+            refused += 1
+        path.unlink()
+    assert refused > 20 and not (tmp_path / "executed").exists()
+
+
+def test_a_damaged_batch_of_cifar_is_named(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    whole = pickle.dumps({b"data": np.zeros((5, 3072), np.uint8), b"labels": [0] * 5})
+    for _, content in zip(range(30), damaged(whole, random.Random(2), tmp_path / "executed")):
+        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
+            (folder / name).write_bytes(content)
+        with pytest.raises(data.InputError, match="data_batch_1"):
+            data.load_dataset("cifar10", tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+# ---- One run a folder
+
+def test_a_second_run_of_the_same_name_is_refused_and_a_crash_leaves_no_lock(tmp_path):
+    code = "import sys, time, train; train.lock(sys.argv[1]); print('locked', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(data.InputError, match="another run"):
+        train.lock(tmp_path)
+    other.kill(), other.wait()
+    train.lock(tmp_path)
+    train.lock(tmp_path)  # again, by the same process
+
+
+# ---- Several processes
+
+def test_two_processes_train_as_one_does(tmp_path):
+    flags = [*SMALL, "--epochs", "3", "--mixup", "0.8", "--cutmix", "1", "--clip", "1", "--optimizer", "adamw", "--ema",
+             "0.9", "--out", str(tmp_path)]
+    one = subprocess.run([sys.executable, "train.py", *flags, "--name", "1"], capture_output=True, text=True, cwd=ROOT)
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py", *flags,
+                          "--name", "2"], capture_output=True, text=True, cwd=ROOT)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in "12"]
+    assert [line["event"] for line in logs[0]] == [line["event"] for line in logs[1]]
+    for a, b in zip(*logs):
+        if a["event"] == "epoch":
+            assert b["train_loss"] == pytest.approx(a["train_loss"], abs=2e-5)
+            assert b["loss_floor"] == pytest.approx(a["loss_floor"], abs=1e-5)
+    assert two.stdout.count("test accuracy") == 1
+    weights = [train.load(tmp_path / name / "model.pt")["state_dict"] for name in "12"]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, atol=1e-3, rtol=1e-2)
+
+
+# ---- Hours
+
+MEMORY = """
+import resource, sys
+import data, train
+few = data.load_shapes(400, 100)
+train.load_dataset = lambda *_: few
+peaks, peak = [], lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def watch(*batch):
+    peaks.append(peak())
+    return train.cross_entropy(*batch)
+train.run(train.resolve(train.parse_config(argv=sys.argv[1:])), watch)
+steps = len(peaks) // 300
+print("grown", peaks[-1] / peaks[10 * steps])
+"""
+
+
+def test_three_hundred_epochs_take_no_more_memory_than_ten(tmp_path):
+    result = run_python(MEMORY, *SMALL, "--epochs", "300", "--batch-size", "100", "--ema", "0.9", "--mixup", "1", "--out",
+                        str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"grown ([\d.]+)", result.stdout)[1]) < 1.02
