@@ -135,7 +135,7 @@ def load_cifar(name, data_dir):
 def load_folder(data_dir):
     """Images of one's own: data_dir/train/CLASS/FILE and data_dir/test/CLASS/FILE, scaled and cropped to 32 x 32 RGB.
 
-    Without those two folders, data_dir/CLASS/FILE; then every fifth image of a class is a test image.
+    The test folder may be called val or valid as well. Without those two folders, data_dir/CLASS/FILE; then every fifth image of a class is a test image.
     InputError for a folder without images, with a single class, or with a broken image (which is named).
     """
     crop = torchvision.transforms.Compose([torchvision.transforms.Resize(IMAGE_SIZE),
@@ -157,8 +157,9 @@ def load_folder(data_dir):
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, C, S, S)
         return images, torch.tensor(files.targets), files.classes
 
-    split = [os.path.join(data_dir, part) for part in ("train", "test")]
-    if all(os.path.isdir(part) for part in split):
+    parts = [os.path.join(data_dir, part) for part in ("train", "test", "val", "valid")]
+    split = [part for part in parts if os.path.isdir(part)][:2]
+    if len(split) == 2 and split[0] == parts[0]:
         (images, labels, classes), (test_images, test_labels, test_classes) = map(read, split)
         if classes != test_classes:
             raise InputError(f"{split[0]} and {split[1]} have different classes: give both the same folders")
@@ -190,7 +191,7 @@ def load_shapes(num_train=4000, num_test=1000, seed=0):
     labels = torch.arange(N) % len(SHAPES)
     labels = labels[torch.randperm(N, generator=g)]
     # The pixel grid in the figure's own frame: moved, turned, and scaled so that the figure fills about [-1, 1].
-    radius = uniform(6, 12, N, 1, 1)  # pixels
+    radius = uniform(8, 14, N, 1, 1)  # pixels
     center = uniform(0, 1, 2, N, 1, 1) * (S - 2 * radius) + radius
     angle = uniform(0, 2 * math.pi, N, 1, 1)
     pixel = torch.arange(S) + 0.5
@@ -201,11 +202,11 @@ def load_shapes(num_train=4000, num_test=1000, seed=0):
     for k, shape in enumerate(SHAPES):
         distance[labels == k] = outside(shape, u[labels == k], v[labels == k])
     cover = (0.5 - distance * radius).clamp(0, 1)[:, None]  # (N, 1, S, S)
-    # Two colours that differ in every channel by at least 0.3, each with a texture of soft blots, and noise over all.
+    # Two colours that differ in every channel by at least 0.35, each with a texture of soft blots, and noise over all.
     ground = uniform(0, 1, N, 3, 1, 1)
-    figure = (ground + uniform(0.3, 0.7, N, 3, 1, 1)) % 1
-    blots = lambda: 0.3 * F.interpolate(uniform(-1, 1, N, 3, 6, 6), size=(S, S), mode="bilinear")  # (N, 3, S, S)
-    images = torch.lerp(ground + blots(), figure + blots(), cover) + 0.06 * torch.randn(N, 3, S, S, generator=g)
+    figure = (ground + uniform(0.35, 0.65, N, 3, 1, 1)) % 1
+    blots = lambda: 0.2 * F.interpolate(uniform(-1, 1, N, 3, 6, 6), size=(S, S), mode="bilinear")  # (N, 3, S, S)
+    images = torch.lerp(ground + blots(), figure + blots(), cover) + 0.05 * torch.randn(N, 3, S, S, generator=g)
     images = (images.clamp(0, 1) * 255).round().to(torch.uint8)
     return Dataset("shapes", list(SHAPES), images[:num_train], labels[:num_train],
                    images[num_train:], labels[num_train:])

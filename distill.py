@@ -27,7 +27,7 @@ class Config(train.Config):
     teacher: str = option(None, "a model.pt that train.py wrote (default: that of the ResNet-18 that train.py would "
                                 "train with the same size, data set and seed; it is trained first if --out has none)")
     temperature: float = option(2.0, "softens the probabilities of both", low=0.01)
-    alpha: float = option(0.5, "the teacher's share of the loss, the labels have the rest; 0: no teacher", low=0,
+    alpha: float = option(0.9, "the teacher's share of the loss, the labels have the rest; 0: no teacher", low=0,
                           high=1)
     hard: bool = option(False, "learn the teacher's first choice as a label, not its probabilities")
     distill_token: bool = option(False, "learn from the teacher through a token and a head of its own, as DeiT")

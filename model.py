@@ -1,7 +1,7 @@
 """Vision Transformers for small images: the layers and the models, each written out in plain PyTorch.
 
-From leaf to root: DropPath, LayerScale, Attention, MLP, Block, PatchEmbed, Encoder, ViT; then BasicBlock, ResNet18 and
-Hybrid (a ResNet-18 trunk whose feature map becomes the tokens of the same encoder). `build_model` makes one by name.
+From leaf to root: DropPath, LayerScale, Attention, MLP, Block, PatchEmbed, Encoder, TwoHeads, ViT; then BasicBlock,
+ResNet18 and Hybrid (a ResNet-18 trunk whose feature map becomes the tokens of the same encoder). `build_model` makes one by name.
 Every class needs torch alone, or says which classes of this file it builds on: copy those along.
 
     from model import ViT
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)  # queries, keys and values in one product
@@ -139,7 +139,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, image_size=32, patch_size=4, in_channels=3, dim=384):
         super().__init__()
-        if image_size % patch_size:
+        if patch_size < 1 or image_size % patch_size:
             raise ValueError(f"the image side {image_size} is not divisible by the patch size {patch_size}")
         self.patch_size = patch_size
         self.num_tokens = (image_size // patch_size) ** 2
@@ -178,7 +178,7 @@ class Encoder(nn.Module):
             raise ValueError(f"unknown encoder {encoder!r}: choose explicit or builtin")
         if depth < 1:
             raise ValueError(f"the encoder needs a depth of at least 1, not {depth}")
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
         self.pool = pool
         extra_tokens = {"mean": 0, "cls": 1, "distill": 2}[pool]
@@ -323,6 +323,24 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
             layers.append(BasicBlock(channels, width, downsample if block == 0 and stage > 0 else None, activation))
             channels = width
     return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def whiten(conv, images):
+    """Start a first convolution with the principal components of the images' patches, each with both signs.
+
+    conv.weight (O, C, P, P), changed in place; images (B, C, S, S), float, normalised. Neighbouring pixels are alike, so
+    random filters nearly all see the patch's mean colour. The components see what is independent of each other, and
+    the BatchNorm behind makes all equally strong: whitened patches (Jordan 2024, 2404.00498, section 3.2). Both
+    signs, because the activation cuts one side off. Channels beyond 2 C P^2 stay as they are.
+    """
+    O, C, P, _ = conv.weight.shape
+    patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)
+    patches = patches.transpose(1, 2).flatten(0, 1)  # (B*patches, C*P*P)
+    _, components = torch.linalg.eigh(patches.T @ patches)  # columns, the strongest last
+    strongest = components.T.flip(0)[: O // 2]  # (at most O/2, C*P*P)
+    filters = torch.cat([strongest, -strongest]).view(-1, C, P, P)
+    conv.weight[: len(filters)] = filters.to(conv.weight)
 
 
 class ResNet18(nn.Module):

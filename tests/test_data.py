@@ -241,6 +241,8 @@ def test_folder(tmp_path, monkeypatch):
     dataset = data.load_dataset("folder")
     assert dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and dataset.test_labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(dataset.test_images[3], byte(noise(3, 32, 32, seed=1)))
+    (tmp_path / "both" / "test").rename(tmp_path / "both" / "valid")
+    assert torch.equal(data.load_dataset("folder").test_images, dataset.test_images)
 
 
 def test_folder_that_cannot_be_used(tmp_path):

@@ -35,12 +35,22 @@ def start(tmp_path, *flags):
     return accuracy, [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fewer_shapes():
+    """Half of the shapes, for speed."""
+    fewer = data.load_shapes(2000, 500)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, distill):
+            patch.setattr(module, "load_dataset", lambda *_: fewer)
+        yield fewer
+
+
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def teacher(tmp_path_factory, fewer_shapes):
     """The model.pt of a teacher that has learned something of the shapes."""
     folder = tmp_path_factory.mktemp("teacher")
-    config = train.parse_config(argv=["--dataset", "shapes", "--model", "resnet18", "--epochs", "2", "--batch-size",
-                                      "100", "--size", "tiny", "--device", "cpu", "--compile", "off", "--out",
+    config = train.parse_config(argv=["--dataset", "shapes", "--model", "resnet18", "--epochs", "3", "--batch-size",
+                                      "50", "--size", "tiny", "--device", "cpu", "--compile", "off", "--out",
                                       str(folder), "--name", "t"])
     assert train.run(train.resolve(config)) > 0.5
     return folder / "t" / "model.pt"
@@ -125,14 +135,13 @@ def small_config(**values):
     return dataclasses.replace(train.resolve(config), **values)
 
 
-def test_the_teacher_sees_the_students_batch_and_stays_as_it_was(teacher):
-    dataset = data.load_dataset("shapes")
-    model = distill.load_teacher(teacher, dataset, "cpu")
+def test_the_teacher_sees_the_students_batch_and_stays_as_it_was(teacher, fewer_shapes):
+    model = distill.load_teacher(teacher, fewer_shapes, "cpu")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
     model.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out.requires_grad)))
     loss_function = distill.make_loss(model, small_config(temperature=2.0, alpha=0.5))
-    images, targets = next(data.train_batches(dataset, 0, 50, 0, mixup=1.0))
+    images, targets = next(data.train_batches(fewer_shapes, 0, 50, 0, mixup=1.0))
     student = torch.randn(50, 10, requires_grad=True)
     loss, parts = loss_function(student, targets, images)
     loss.backward()
@@ -155,7 +164,7 @@ def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_
     for load in (load_teacher, shuffled):
         monkeypatch.setattr(distill, "load_teacher", load)
         flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--student", "hybrid", "--batch-size", "50",
-                 "--epochs", "1", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path), "--overwrite"]
+                 "--epochs", "2", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path), "--overwrite"]
         accuracy.append(distill.start(train.parse_config(distill.Config, flags)))
     assert accuracy[0] > accuracy[1] + 0.2
 
@@ -211,7 +220,7 @@ def test_a_resumed_distillation_ends_with_the_same_bits(tmp_path, teacher):
         loss_function, calls = made(*arguments), []
         def counted(*batch):
             calls.append(1)
-            if len(calls) == 20:
+            if len(calls) == 12:  # of 8 in each epoch
                 train.stopped_by.append(2)
             return loss_function(*batch)
         return counted
@@ -220,7 +229,7 @@ def test_a_resumed_distillation_ends_with_the_same_bits(tmp_path, teacher):
         patch.setattr(train, "stopped_by", [])
         with pytest.raises(SystemExit):
             start(tmp_path, *flags, "--name", "cut")
-    assert torch.load(tmp_path / "cut" / "last.pt")["step"] == 20
+    assert torch.load(tmp_path / "cut" / "last.pt")["step"] == 12
     start(tmp_path, *flags, "--name", "cut", "--resume")
     whole, cut = (torch.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
@@ -229,20 +238,19 @@ def test_a_resumed_distillation_ends_with_the_same_bits(tmp_path, teacher):
 
 # ---- Mistakes
 
-def a_model(path, **options):
+def a_model(path, dataset, **options):
     options = dict(num_classes=10, widths=(4, 4), depths=(1, 1)) | options
-    shapes = data.load_dataset("shapes")
-    torch.save(dict(model="resnet18", options=options, classes=[], mean=shapes.mean, std=shapes.std,
+    torch.save(dict(model="resnet18", options=options, classes=[], mean=dataset.mean, std=dataset.std,
                     state_dict=build_model("resnet18", **options).state_dict()), path)
 
 
 @pytest.mark.parametrize("kind, words", [
     ("missing", "no file"), ("truncated", "damaged"), ("foreign", "not a model.pt"), ("classes", "7 classes"),
     ("channels", "another size"), ("colour", "mean colour")])
-def test_a_teacher_that_does_not_fit_is_refused(tmp_path, kind, words):
+def test_a_teacher_that_does_not_fit_is_refused(tmp_path, fewer_shapes, kind, words):
     path = tmp_path / "t.pt"
     if kind != "missing":
-        a_model(path, **{"classes": dict(num_classes=7), "channels": dict(in_channels=1)}.get(kind, {}))
+        a_model(path, fewer_shapes, **{"classes": dict(num_classes=7), "channels": dict(in_channels=1)}.get(kind, {}))
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:2000])
     if kind == "foreign":

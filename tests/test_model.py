@@ -297,6 +297,8 @@ def test_one_batch_is_learned_by_heart(name, options):
     (lambda: model.ViT(dim=30, num_heads=4, encoder="builtin", gamma_init=None), "30 .*4 heads"),
     (lambda: model.Attention(10, 4), "10 .*4 heads"),
     (lambda: model.ViT(depth=0), "depth .*0"),
+    (lambda: model.Attention(8, 0), "8 .*0 heads"),
+    (lambda: model.PatchEmbed(patch_size=0), "patch size 0"),
     (lambda: model.ViT(pool="max"), "'max'.*mean, cls or distill"),
     (lambda: model.ViT(encoder="timm"), "'timm'.*explicit or builtin"),
     (lambda: model.ViT(encoder="builtin", gamma_init=None, drop_path=0.1), "drop_path=0"),
@@ -314,6 +316,25 @@ def test_impossible_options_raise(make, message):
     """A ValueError that names the numbers or words that do not fit."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_whiten_starts_a_convolution_with_the_principal_components():
+    """By singular values; the responses to the images are uncorrelated, come with both signs, and fall in variance."""
+    images, conv = torch.randn(50, 3, 12, 12).cumsum(2).cumsum(3) / 6, torch.nn.Conv2d(3, 20, 3, bias=False)
+    model.whiten(conv, images)
+    patches = images.unfold(2, 3, 3).unfold(3, 3, 3).permute(0, 2, 3, 1, 4, 5).reshape(-1, 27).double()
+    components = torch.linalg.svd(patches, full_matrices=False).Vh[:10]
+    filters = conv.weight.detach().view(20, 27).double()
+    torch.testing.assert_close((filters[:10] * components).sum(1).abs(), torch.ones(10).double(), atol=1e-4, rtol=0)
+    assert torch.equal(filters[:10], -filters[10:])
+    covariance = filters[:10] @ patches.T @ patches @ filters[:10].T
+    torch.testing.assert_close(covariance, covariance.diag().diag(), atol=1e-4 * covariance.max().item(), rtol=0)
+    assert (covariance.diag().diff() < 0).all()
+    wide = torch.nn.Conv2d(3, 64, 3, bias=False)
+    before = wide.weight.detach().clone()
+    model.whiten(wide, images)
+    assert torch.equal(wide.weight[54:], before[54:]) and not torch.equal(wide.weight[:54], before[:54])
+
 
 
 # ---------------------------------------------------------------------------------------------------------------------

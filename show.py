@@ -1,0 +1,303 @@
+"""Look at what runs did: pictures, tables, and what a trained model says of your own photographs.
+
+    python show.py augment                     one batch before and after each augmentation, augment.png
+    python show.py attention                   where a trained model looks, attention.png
+    python show.py confusion                   accuracy for each class, confusion matrix, calibration
+    python show.py predict cat.jpg dog.png     the likeliest classes of any pictures
+    python show.py curves runs/A runs/B        loss, floor and accuracy over the epochs, curves.png (needs matplotlib)
+    python show.py table                       the logs in results/ as Markdown
+
+`--model` names the model.pt to look at; without it, the newest in runs/ is taken.
+"""
+
+import argparse
+import glob
+import json
+import os
+import re
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
+
+import data
+import train
+from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, soft_targets, test_batches
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+def save_grid(rows, titles, captions, path, scale=3):
+    """Write a PNG of small pictures: rows of float tensors (n, 3, S, S), 0 to 1, a title left of each row, and a caption
+    (or "") below each picture."""
+    S, left, below = IMAGE_SIZE * scale, 120, 24
+    canvas = Image.new("RGB", (left + (S + 4) * max(map(len, rows)), (S + below) * len(rows)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (row, title) in enumerate(zip(rows, titles)):
+        draw.text((4, r * (S + below) + S // 2 - 6), title, fill="black")
+        for i, image in enumerate(row):
+            corner = (left + i * (S + 4), r * (S + below))
+            picture = to_pil_image(image.float().clamp(0, 1).cpu()).resize((S, S), Image.NEAREST)
+            canvas.paste(picture, corner)
+            draw.text((corner[0], corner[1] + S), captions[r][i], fill="black", spacing=0, font_size=10)
+    canvas.save(path)
+    print(path)
+
+
+def augment(args):
+    """A row for each augmentation, and one for all of them together, as the base preset has them."""
+    dataset = load_dataset(args.dataset, args.data_dir)
+    preset = train.PRESETS["vit", "base"]
+    images = dataset.train_images[: args.count].float() / 255  # (B, 3, S, S)
+    targets = soft_targets(dataset.train_labels[: args.count], len(dataset.classes))  # (B, K)
+    torch.manual_seed(args.seed)
+
+    def label(target):
+        """The classes of a soft target that have 5 % or more, as the lines below a picture."""
+        shares, classes = target.topk(2)
+        return "\n".join(f"{share:.0%} {dataset.classes[k]}" if share < 0.99 else dataset.classes[k]
+                         for share, k in zip(shares.tolist(), classes.tolist()) if share >= 0.05)
+
+    def rows():
+        mean = dataset.mean  # erasing paints what normalisation makes 0
+        yield "as it is", images, targets
+        yield f"crop {preset['crop']} and flip", data.crop_and_flip(images, preset["crop"]), targets
+        yield "TrivialAugment", data.trivial_augment(images, 1.0), targets
+        yield f"jitter {preset['jitter']}", data.color_jitter(images, preset["jitter"]), targets
+        yield "erasing", data.random_erasing(images - mean, 1.0) + mean, targets
+        yield f"Mixup {preset['mixup']}", *data.mix_up(images, targets, preset["mixup"])
+        yield f"CutMix {preset['cutmix']}", *data.cut_mix(images, targets, preset["cutmix"])
+        recipe = {name: preset[name] for name in ("crop", "trivial", "jitter", "erasing", "mixup", "cutmix")}
+        batch, mixed = next(data.train_batches(dataset, args.seed, args.count, args.seed, **recipe))
+        yield "all, as in training", batch * dataset.std + mean, mixed
+
+    titles, pictures, labels = zip(*rows())
+    save_grid(pictures, titles, [[label(target) for target in row] for row in labels], args.out or "augment.png")
+
+
+def attention_weights(model, images):
+    """The attention weights of every block, (L, B, H, N, N) for L blocks, from the explicit path."""
+    kept = []
+    hooks = [block.attn.register_forward_pre_hook(
+        lambda attn, inputs: kept.append(attn.forward(*inputs, return_weights=True)[1])) for block in model.encoder.blocks]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(kept)
+
+
+def rollout(weights):
+    """How much each token's output owes to each input token, through all blocks (Abnar & Zuidema 2020, 2005.00928).
+
+    weights (L, B, H, N, N) -> (B, N, N), rows sum to one. The residual connection is counted as half of each block.
+    """
+    mixing = 0.5 * weights.mean(dim=2) + 0.5 * torch.eye(weights.shape[-1])  # (L, B, N, N)
+    total = mixing[0]
+    for block in mixing[1:]:
+        total = block @ total
+    return total
+
+
+def attention(args):
+    """Pictures, each beside what the last block's heads look at, and beside the rollout through all blocks."""
+    model, about = load_trained(args)
+    if not hasattr(model, "encoder") or not isinstance(model.encoder.blocks, torch.nn.Sequential):
+        raise InputError(f"{args.model} has no attention that could be shown: name a vit or a hybrid with our encoder")
+    dataset = load_dataset(args.dataset, args.data_dir)
+    pixels = dataset.test_images[: args.count].float() / 255  # (B, 3, S, S)
+    weights = attention_weights(model, (pixels - about["mean"]) / about["std"])  # (L, B, H, N, N)
+    extra = {"mean": 0, "cls": 1, "distill": 2}[model.encoder.pool]
+
+    def light(looks):
+        """Pictures lit by how much each patch is looked at: looks (B, N, N), from every token to every token."""
+        # The class token's row where there is one; else the mean over all tokens, as the classifier takes it.
+        seen = (looks[:, 0] if extra else looks.mean(dim=1))[:, extra:]  # (B, patches)
+        side = round(seen.shape[1] ** 0.5)
+        seen = F.interpolate(seen.view(-1, 1, side, side), size=IMAGE_SIZE, mode="bilinear")  # (B, 1, S, S)
+        return pixels * (0.15 + 0.85 * seen / seen.amax(dim=(2, 3), keepdim=True))
+
+    columns = [pixels] + [light(head) for head in weights[-1].unbind(1)] + [light(rollout(weights))]
+    names = ["image"] + [f"last block, head {h + 1}" for h in range(weights.shape[2])] + ["rollout"]
+    labels = [dataset.classes[k] for k in dataset.test_labels[: args.count].tolist()]
+    save_grid(columns, names, [labels] * len(columns), args.out or "attention.png")
+
+
+def curves(args):
+    """Training loss with its floor, what lies between them, and accuracy, over the epochs of several runs."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise InputError("curves needs matplotlib: pip install matplotlib") from None
+    figure, (losses, above, accuracies) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for path in args.paths:
+        path = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
+        epochs = [line for line in read_log(path) if line["event"] == "epoch"]
+        x, loss, floor = zip(*((line["epoch"], line["train_loss"], line["loss_floor"]) for line in epochs))
+        name = os.path.basename(os.path.dirname(path)) if path.endswith("/log.jsonl") else os.path.basename(path)
+        color = losses.plot(x, loss, label=name)[0].get_color()
+        losses.plot(x, floor, color=color, linestyle="--")
+        above.plot(x, [a - b for a, b in zip(loss, floor)], label=name)
+        accuracies.plot(x, [100 * line["accuracy"] for line in epochs], label=name)
+    for axes, title in ((losses, "training loss, and its floor (dashed)"), (above, "training loss above its floor"),
+                        (accuracies, "accuracy, %")):
+        axes.set(title=title, xlabel="epoch")
+        axes.legend(fontsize="small")
+    figure.savefig(args.out or "curves.png", dpi=100)
+    print(args.out or "curves.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A trained model
+
+def load_trained(args):
+    """The model of --model, or the newest in runs/, with the rest of its file; see train.load_model."""
+    if not args.model:
+        found = glob.glob(os.path.join("runs", "*", "model.pt"))
+        if not found:
+            raise InputError("there is no model.pt in runs/: train one, or name one with --model")
+        args.model = max(found, key=os.path.getmtime)
+        print(f"model {args.model}")
+    return train.load_model(args.model)
+
+
+def probabilities(model, dataset, flip=False):
+    """What the model gives each class for every test image, (N, K); flip: the mean over the image and its mirror image."""
+    rows = []
+    with torch.no_grad():
+        for images, labels in test_batches(dataset, 250):
+            out = model(images).softmax(dim=1)
+            if flip:
+                out = (out + model(images.flip(3)).softmax(dim=1)) / 2
+            rows.append(out[: len(labels)])
+    return torch.cat(rows)
+
+
+def calibration_error(probability, labels, bins=15):
+    """Mean distance between how sure the model is and how often it is right, over bins of sureness (Guo et al. 2017).
+
+    probability (N, K), labels (N,) -> a number from 0 to 1. 1706.04599.
+    """
+    sure, choice = probability.max(dim=1)
+    right = (choice == labels).double()
+    index = (sure * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index, right - sure.double())
+    return gap.abs().sum().item() / len(labels)
+
+
+def confusion(args):
+    """Per-class accuracy, the confusion matrix and the calibration error on the test set, without and with flip TTA."""
+    model, about = load_trained(args)
+    dataset = load_dataset(args.dataset, args.data_dir)
+    if dataset.classes != about["classes"]:
+        raise InputError(f"{args.model} was trained on other classes than {dataset.name}'s: name its --dataset")
+    dataset.mean, dataset.std = about["mean"], about["std"]
+    labels, K = dataset.test_labels, len(dataset.classes)
+    for flip in (False, True):
+        probability = probabilities(model, dataset, flip)
+        choice = probability.argmax(dim=1)
+        print(f"{'with' if flip else 'without'} flip TTA: accuracy {(choice == labels).double().mean():.4f}, "
+              f"calibration error {calibration_error(probability, labels):.4f}")
+        if not flip:
+            counts = torch.bincount(labels * K + choice, minlength=K * K).view(K, K)  # rows: true, columns: chosen
+    width = max(map(len, dataset.classes))
+    print("\nwithout TTA; a row for each true class, a column for each chosen one")
+    print(" " * width + "  accuracy  " + " ".join(f"{name[:5]:>5}" for name in dataset.classes))
+    for name, row in zip(dataset.classes, counts):
+        share = row[dataset.classes.index(name)] / row.sum().clamp(min=1)
+        print(f"{name:>{width}}  {share:8.3f}  " + " ".join(f"{n:5d}" for n in row.tolist()))
+
+
+def predict(args):
+    """The three likeliest classes of each picture, which is scaled and cropped to the size that the model knows."""
+    model, about = load_trained(args)
+    for path in args.paths:
+        try:
+            image = pil_to_tensor(Image.open(path).convert("RGB")) / 255  # (3, height, width)
+        except Exception as error:  # PIL raises almost anything
+            raise InputError(f"cannot read the picture {path} ({error})") from None
+        image = center_crop(resize(image, IMAGE_SIZE, antialias=True), IMAGE_SIZE)[None]  # (1, 3, S, S)
+        with torch.no_grad():
+            probability = model((image - about["mean"]) / about["std"])[0].softmax(dim=0)  # (K,)
+        best = probability.topk(min(3, len(probability)))
+        print(f"{path}: " + ", ".join(f"{about['classes'][k]} {p:.1%}" for p, k in zip(*map(torch.Tensor.tolist, best))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+def read_log(path):
+    """The lines of a log.jsonl, as dicts. InputError if it cannot be read."""
+    try:
+        return [json.loads(line) for line in open(path)]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the log {path} ({error})") from None
+
+
+def planned_rows():
+    """{name: command} of every row that results/reproduce.sh can run, in its order."""
+    script = open(os.path.join(ROOT, "results", "reproduce.sh")).read()
+    rows = re.search(r"<<'ROWS'\n(.*?)\nROWS", script, re.DOTALL)[1]
+    return dict(re.split(r"\s+", line.strip(), maxsplit=1) for line in rows.splitlines() if line.strip())
+
+
+def markdown_table(size):
+    """results/SIZE/NAME-SEED.jsonl as a Markdown table: one row for each NAME of reproduce.sh, over its seeds."""
+    head = ("run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
+            "peak GB", "command")
+    lines = [head, ["---"] * len(head)]
+    machines = set()
+    for name, command in planned_rows().items():
+        logs = [read_log(path) for path in sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-[0-9]*.jsonl")))]
+        logs = [log for log in logs if log[-1]["event"] == "end" and log[-1]["test_accuracy"] is not None]
+        command = f"`python {command}{'' if size == 'tiny' else ' --size base'}`"
+        if not logs:
+            lines.append([name, "not run", *["-"] * 7, command])
+            continue
+        starts, ends = [log[0] for log in logs], [log[-1] for log in logs]
+        accuracy = [100 * end["test_accuracy"] for end in ends]
+        spread = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
+        mean = lambda key: statistics.mean(end[key] for end in ends)
+        machines |= {f"{start['machine']}, torch {start['torch']}, {start['amp']}" for start in starts}
+        lines.append([name, f"{statistics.mean(accuracy):.2f}{spread}", str(len(logs)),
+                      f"{starts[0]['parameters'] / 1e6:.2f}", f"{starts[0]['forward_flops'] / 1e9:.3f}",
+                      str(starts[0]["config"]["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
+                      f"{mean('peak_memory_bytes') / 1e9:.2f}", command])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{size}, on {'; '.join(sorted(machines)) or 'no machine yet'}:\n\n{table}\n"
+
+
+def table(args):
+    """Both sizes' tables. The README holds this output between two markers."""
+    print("\n".join(markdown_table(size) for size in ("tiny", "base")), end="")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("augment", "attention", "curves", "confusion", "predict", "table"))
+    parser.add_argument("paths", nargs="*", help="pictures for predict; runs or their logs for curves")
+    parser.add_argument("--model", help="a model.pt (default: the newest in runs/)")
+    parser.add_argument("--dataset", default="auto", choices=DATASETS)
+    parser.add_argument("--data-dir")
+    parser.add_argument("--count", type=int, default=10, help="pictures in a row (default: 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the augmentation (default: 0)")
+    parser.add_argument("--out", help="the PNG to write (default: the command's name)")
+    args = parser.parse_args()
+    if args.what in ("curves", "predict") and not args.paths:
+        parser.error(f"{args.what} needs at least one path")
+    try:
+        globals()[args.what](args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
