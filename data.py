@@ -135,7 +135,8 @@ def load_cifar(name, data_dir):
 def load_folder(data_dir):
     """Images of one's own: data_dir/train/CLASS/FILE and data_dir/test/CLASS/FILE, scaled and cropped to 32 x 32 RGB.
 
-    The test folder may be called val or valid as well. Without those two folders, data_dir/CLASS/FILE; then every fifth image of a class is a test image.
+    The test folder may be called val or valid as well. Without those two folders, data_dir/CLASS/FILE; then every fifth
+    image of a class is a test image.
     InputError for a folder without images, with a single class, or with a broken image (which is named).
     """
     crop = torchvision.transforms.Compose([torchvision.transforms.Resize(IMAGE_SIZE),

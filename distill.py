@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import InputError, load_dataset, train_batches
+from data import InputError
 from train import evaluate, load_model, make_autocast, option
 
 
@@ -44,7 +44,9 @@ def kl_divergence(student_logits, teacher_logits, temperature):
 
 
 def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha, hard=False):
-    """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy (Hinton 2015, 1503.02531).
+    """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy.
+
+    Hinton et al. 2015, 1503.02531.
 
     student_logits, teacher_logits, targets: float (B, K) -> a scalar. Student logits of a distillation token's model
     are (B, 2, K): the first head learns from the targets, the second from the teacher (DeiT, 2012.12877).
@@ -114,7 +116,7 @@ def load_teacher(path, dataset, device):
     if (options.get("in_channels", 3), options.get("image_size", shape[-1])) != (shape[0], shape[-1]):
         raise InputError(f"the teacher {path} is for images of another size than {dataset.name}'s: name another with "
                          "--teacher")
-    if not torch.allclose(about["mean"], dataset.mean.cpu(), atol=1e-6):
+    if not torch.allclose(about["mean"].cpu(), dataset.mean.cpu(), atol=1e-6):
         raise InputError(f"the teacher {path} was trained on other images than {dataset.name}'s (their mean colour is "
                          "another): train it with the same --dataset and --hold-out")
     return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
@@ -126,7 +128,8 @@ def seconds_per_step(teacher, dataset, config):
         if config.device != "cpu":
             getattr(torch, config.device).synchronize()
 
-    images, _ = next(train_batches(dataset, 0, config.batch_size, config.seed))
+    images = (dataset.train_images[: config.batch_size].float() / 255 - dataset.mean) / dataset.std
+    images = images.contiguous(memory_format=torch.channels_last)
     seconds = []
     for _ in range(7):  # two to warm up, and to compile
         wait()
@@ -149,13 +152,16 @@ def start(config):
     config.pool = "distill" if config.distill_token else config.pool
     config = train.resolve(config)
     config.name = given or ("distill-" if config.alpha else "control-") + config.name
+    train.join_processes(config)
     folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
-    config.resume &= os.path.exists(os.path.join(folder, "last.pt"))  # or the run was stopped while the teacher trained
+    if config.resume and not os.path.exists(os.path.join(folder, "last.pt")):
+        # It was stopped before its first checkpoint, while the teacher trained perhaps.
+        config.resume, config.overwrite = False, True
     if not config.alpha:
         return train.run(config)
     path = config.teacher or train_teacher(config)
     began = time.perf_counter()
-    dataset = load_dataset(config.dataset, config.data_dir, config.hold_out, config.seed).to(config.device)
+    dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
     if train.choose_compile(config):
         teacher.compile()

@@ -1,8 +1,8 @@
 """Vision Transformers for small images: the layers and the models, each written out in plain PyTorch.
 
 From leaf to root: DropPath, LayerScale, Attention, MLP, Block, PatchEmbed, Encoder, TwoHeads, ViT; then BasicBlock,
-ResNet18 and Hybrid (a ResNet-18 trunk whose feature map becomes the tokens of the same encoder). `build_model` makes one by name.
-Every class needs torch alone, or says which classes of this file it builds on: copy those along.
+ResNet18 and Hybrid (a ResNet-18 trunk whose feature map becomes the tokens of the same encoder). `build_model` makes
+one by name. Every class needs torch alone, or says which classes of this file it builds on: copy those along.
 
     from model import ViT
     logits = ViT(dim=384, depth=7, num_heads=6)(images)  # images (B, 3, 32, 32) float, normalised; logits (B, 10)
@@ -230,8 +230,8 @@ def classifier(dim, num_classes):
 class TwoHeads(nn.Module):
     """A classifier each for the class token and the distillation token (DeiT, Touvron et al. 2021, 2012.12877).
 
-    x (B, 2, D) -> (B, K), the mean of both; but in training (B, 2, K), where the labels teach the first and another model
-    the second. Builds on classifier.
+    x (B, 2, D) -> (B, K), the mean of both; but in training (B, 2, K), where the labels teach the first and another
+    model the second. Builds on classifier.
     """
 
     def __init__(self, dim, num_classes):
@@ -329,8 +329,8 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
 def whiten(conv, images):
     """Start a first convolution with the principal components of the images' patches, each with both signs.
 
-    conv.weight (O, C, P, P), changed in place; images (B, C, S, S), float, normalised. Neighbouring pixels are alike, so
-    random filters nearly all see the patch's mean colour. The components see what is independent of each other, and
+    conv.weight (O, C, P, P), changed in place; images (B, C, S, S), float, normalised. Neighbouring pixels are alike,
+    so random filters nearly all see the patch's mean colour. The components see what is independent of each other, and
     the BatchNorm behind makes all equally strong: whitened patches (Jordan 2024, 2404.00498, section 3.2). Both
     signs, because the activation cuts one side off. Channels beyond 2 C P^2 stay as they are.
     """

@@ -11,6 +11,7 @@
 """
 
 import argparse
+import dataclasses
 import glob
 import json
 import os
@@ -20,7 +21,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
 import data
@@ -34,8 +35,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 # Pictures
 
 def save_grid(rows, titles, captions, path, scale=3):
-    """Write a PNG of small pictures: rows of float tensors (n, 3, S, S), 0 to 1, a title left of each row, and a caption
-    (or "") below each picture."""
+    """Write a PNG: rows of pictures, float (n, 3, S, S), 0 to 1, a title left of each row, a caption under each picture."""
     S, left, below = IMAGE_SIZE * scale, 120, 24
     canvas = Image.new("RGB", (left + (S + 4) * max(map(len, rows)), (S + below) * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -74,8 +74,10 @@ def augment(args):
         yield f"Mixup {preset['mixup']}", *data.mix_up(images, targets, preset["mixup"])
         yield f"CutMix {preset['cutmix']}", *data.cut_mix(images, targets, preset["cutmix"])
         recipe = {name: preset[name] for name in ("crop", "trivial", "jitter", "erasing", "mixup", "cutmix")}
-        batch, mixed = next(data.train_batches(dataset, args.seed, args.count, args.seed, **recipe))
-        yield "all, as in training", batch * dataset.std + mean, mixed
+        few = dataclasses.replace(dataset, train_images=dataset.train_images[: args.count],
+                                  train_labels=dataset.train_labels[: args.count])
+        batch, mixed = next(data.train_batches(few, args.seed, len(images), args.seed, **recipe))
+        yield "all, in any order", batch * dataset.std + mean, mixed
 
     titles, pictures, labels = zip(*rows())
     save_grid(pictures, titles, [[label(target) for target in row] for row in labels], args.out or "augment.png")
@@ -84,8 +86,8 @@ def augment(args):
 def attention_weights(model, images):
     """The attention weights of every block, (L, B, H, N, N) for L blocks, from the explicit path."""
     kept = []
-    hooks = [block.attn.register_forward_pre_hook(
-        lambda attn, inputs: kept.append(attn.forward(*inputs, return_weights=True)[1])) for block in model.encoder.blocks]
+    keep = lambda attn, inputs: kept.append(attn.forward(*inputs, return_weights=True)[1])
+    hooks = [block.attn.register_forward_pre_hook(keep) for block in model.encoder.blocks]
     with torch.no_grad():
         model(images)
     for hook in hooks:
@@ -110,7 +112,7 @@ def attention(args):
     model, about = load_trained(args)
     if not hasattr(model, "encoder") or not isinstance(model.encoder.blocks, torch.nn.Sequential):
         raise InputError(f"{args.model} has no attention that could be shown: name a vit or a hybrid with our encoder")
-    dataset = load_dataset(args.dataset, args.data_dir)
+    dataset = load_for(about, args)
     pixels = dataset.test_images[: args.count].float() / 255  # (B, 3, S, S)
     weights = attention_weights(model, (pixels - about["mean"]) / about["std"])  # (L, B, H, N, N)
     extra = {"mean": 0, "cls": 1, "distill": 2}[model.encoder.pool]
@@ -139,6 +141,8 @@ def curves(args):
     for path in args.paths:
         path = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
         epochs = [line for line in read_log(path) if line["event"] == "epoch"]
+        if not epochs:
+            raise InputError(f"{path} has no epoch yet: wait for the end of its first one")
         x, loss, floor = zip(*((line["epoch"], line["train_loss"], line["loss_floor"]) for line in epochs))
         name = os.path.basename(os.path.dirname(path)) if path.endswith("/log.jsonl") else os.path.basename(path)
         color = losses.plot(x, loss, label=name)[0].get_color()
@@ -167,8 +171,16 @@ def load_trained(args):
     return train.load_model(args.model)
 
 
+def load_for(about, args):
+    """The data set of the command line. InputError if its classes are not those of the model."""
+    dataset = load_dataset(args.dataset, args.data_dir)
+    if dataset.classes != about["classes"]:
+        raise InputError(f"{args.model} was trained on other classes than {dataset.name}'s: name its --dataset")
+    return dataset
+
+
 def probabilities(model, dataset, flip=False):
-    """What the model gives each class for every test image, (N, K); flip: the mean over the image and its mirror image."""
+    """What the model gives each class for every test image, (N, K); flip: the mean over image and mirror image."""
     rows = []
     with torch.no_grad():
         for images, labels in test_batches(dataset, 250):
@@ -194,9 +206,7 @@ def calibration_error(probability, labels, bins=15):
 def confusion(args):
     """Per-class accuracy, the confusion matrix and the calibration error on the test set, without and with flip TTA."""
     model, about = load_trained(args)
-    dataset = load_dataset(args.dataset, args.data_dir)
-    if dataset.classes != about["classes"]:
-        raise InputError(f"{args.model} was trained on other classes than {dataset.name}'s: name its --dataset")
+    dataset = load_for(about, args)
     dataset.mean, dataset.std = about["mean"], about["std"]
     labels, K = dataset.test_labels, len(dataset.classes)
     for flip in (False, True):
@@ -219,23 +229,29 @@ def predict(args):
     model, about = load_trained(args)
     for path in args.paths:
         try:
-            image = pil_to_tensor(Image.open(path).convert("RGB")) / 255  # (3, height, width)
+            image = ImageOps.exif_transpose(Image.open(path))  # a telephone's pictures say which side is up
+            image = pil_to_tensor(image.convert("RGB")) / 255  # (3, height, width)
         except Exception as error:  # PIL raises almost anything
             raise InputError(f"cannot read the picture {path} ({error})") from None
         image = center_crop(resize(image, IMAGE_SIZE, antialias=True), IMAGE_SIZE)[None]  # (1, 3, S, S)
         with torch.no_grad():
             probability = model((image - about["mean"]) / about["std"])[0].softmax(dim=0)  # (K,)
         best = probability.topk(min(3, len(probability)))
-        print(f"{path}: " + ", ".join(f"{about['classes'][k]} {p:.1%}" for p, k in zip(*map(torch.Tensor.tolist, best))))
+        found = zip(best.values.tolist(), best.indices.tolist())
+        print(f"{path}: " + ", ".join(f"{about['classes'][k]} {share:.1%}" for share, k in found))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The table
 
 def read_log(path):
-    """The lines of a log.jsonl, as dicts. InputError if it cannot be read."""
+    """The lines of a log.jsonl, as dicts. InputError if it cannot be read or is empty."""
     try:
-        return [json.loads(line) for line in open(path)]
+        with open(path) as file:
+            lines = [json.loads(line) for line in file]
+        if not lines:
+            raise ValueError("it is empty")
+        return lines
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the log {path} ({error})") from None
 
@@ -254,9 +270,11 @@ def markdown_table(size):
     lines = [head, ["---"] * len(head)]
     machines = set()
     for name, command in planned_rows().items():
-        logs = [read_log(path) for path in sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-[0-9]*.jsonl")))]
-        logs = [log for log in logs if log[-1]["event"] == "end" and log[-1]["test_accuracy"] is not None]
-        command = f"`python {command}{'' if size == 'tiny' else ' --size base'}`"
+        paths = sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-[0-9]*.jsonl")))
+        logs = [read_log(path) for path in paths]
+        logs = [log for log in logs if log[-1]["event"] == "end" and log[-1]["test_accuracy"] is not None
+                and log[0]["data"]["name"] == "cifar10"]
+        command = f"`python {command} --size {size}`"
         if not logs:
             lines.append([name, "not run", *["-"] * 7, command])
             continue
@@ -274,7 +292,7 @@ def markdown_table(size):
 
 
 def table(args):
-    """Both sizes' tables. The README holds this output between two markers."""
+    """Both sizes' tables."""
     print("\n".join(markdown_table(size) for size in ("tiny", "base")), end="")
 
 
@@ -293,6 +311,8 @@ def main():
     args = parser.parse_args()
     if args.what in ("curves", "predict") and not args.paths:
         parser.error(f"{args.what} needs at least one path")
+    if args.count < 1:
+        parser.error("--count must be at least 1")
     try:
         globals()[args.what](args)
     except InputError as error:

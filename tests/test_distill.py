@@ -163,8 +163,8 @@ def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_
     load_teacher, accuracy = distill.load_teacher, []
     for load in (load_teacher, shuffled):
         monkeypatch.setattr(distill, "load_teacher", load)
-        flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--student", "hybrid", "--batch-size", "50",
-                 "--epochs", "2", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path), "--overwrite"]
+        flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--student", "hybrid",
+                 "--batch-size", "50", "--epochs", "2", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path), "--overwrite"]
         accuracy.append(distill.start(train.parse_config(distill.Config, flags)))
     assert accuracy[0] > accuracy[1] + 0.2
 
@@ -244,6 +244,22 @@ def a_model(path, dataset, **options):
                     state_dict=build_model("resnet18", **options).state_dict()), path)
 
 
+def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp_path, teacher):
+    (tmp_path / "a").mkdir()
+    start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "a", "--resume")
+    assert (tmp_path / "a" / "model.pt").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("flags", [[], ["--distill-token", "--student", "hybrid", "--compile", "on"]])
+def test_a_teacher_teaches_on_a_gpu(tmp_path, teacher, flags):
+    argv = ["--dataset", "shapes", "--size", "tiny", "--device", "cuda", "--epochs", "2", "--teacher", str(teacher),
+            "--out", str(tmp_path), "--name", "g", *flags]
+    distill.start(train.parse_config(distill.Config, argv))
+    epochs = [line for line in map(json.loads, open(tmp_path / "g" / "log.jsonl")) if line["event"] == "epoch"]
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
+
+
 @pytest.mark.parametrize("kind, words", [
     ("missing", "no file"), ("truncated", "damaged"), ("foreign", "not a model.pt"), ("classes", "7 classes"),
     ("channels", "another size"), ("colour", "mean colour")])
@@ -264,7 +280,8 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path, fewer_shapes, kind, wo
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--temperature", "0"], "--temperature"), (["--temperature", "-1"], "--temperature"), (["--alpha", "1.1"], "--alpha"),
+    (["--temperature", "0"], "--temperature"), (["--temperature", "-1"], "--temperature"),
+    (["--alpha", "1.1"], "--alpha"),
     (["--alpha", "-0.1"], "--alpha"), (["--student", "resnet18"], "resnet18"), (["--model", "vit"], "--model"),
     (["--alpha", "0", "--distill-token"], "--alpha 0"), (["--teacher", "nowhere.pt"], "nowhere.pt"),
     (["--patch-size", "5"], "patch size 5")])

@@ -35,6 +35,9 @@ def test_the_table_of_results_is_that_of_the_logs():
         start, end = log[0], log[-1]
         assert start["config"]["model"] in command and start["data"]["name"] == "cifar10"
         assert not start["config"]["hold_out"] and log[-2]["accuracy"] == end["test_accuracy"]
+        now = train.resolve(train.parse_config(argv=[*shlex.split(start["command"])[2:], "--size", "tiny"]))
+        same = {name: value for name, value in vars(now).items() if name not in ("device", "size", "name")}
+        assert same.items() <= start["config"].items(), f"{path} is of other presets"
         assert (accuracy, seconds, speed) == (f"{100 * end['test_accuracy']:.2f}", f"{end['seconds']:.0f}",
                                               f"{end['images_per_second']:.0f}")
         assert start["machine"].split(",")[0] in README and start["torch"].split("+")[0] in README

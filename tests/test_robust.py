@@ -18,8 +18,8 @@ import data
 import train
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--dataset", "shapes", "--model", "vit", "--size", "tiny", "--device", "cpu", "--patch-size", "16", "--dim", "8",
-         "--depth", "1", "--heads", "1", "--compile", "off", "--amp", "off"]
+SMALL = ["--dataset", "shapes", "--model", "vit", "--size", "tiny", "--device", "cpu", "--patch-size", "16",
+         "--dim", "8", "--depth", "1", "--heads", "1", "--compile", "off", "--amp", "off"]
 FEW = data.load_shapes(400, 100)
 
 
@@ -216,7 +216,7 @@ print("grown", peaks[-1] / peaks[10 * steps])
 
 
 def test_three_hundred_epochs_take_no_more_memory_than_ten(tmp_path):
-    result = run_python(MEMORY, *SMALL, "--epochs", "300", "--batch-size", "100", "--ema", "0.9", "--mixup", "1", "--out",
-                        str(tmp_path))
+    result = run_python(MEMORY, *SMALL, "--epochs", "300", "--batch-size", "100", "--ema", "0.9", "--mixup", "1",
+                        "--out", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"grown ([\d.]+)", result.stdout)[1]) < 1.02

@@ -28,8 +28,8 @@ def runs(tmp_path_factory):
     """A folder with the runs of a ViT with a class token and of a hybrid, both tiny."""
     folder = tmp_path_factory.mktemp("runs")
     for name, flags in (("vit", ["--patch-size", "8", "--heads", "2", "--pool", "cls"]), ("hybrid", ["--heads", "2"])):
-        argv = ["--model", name, "--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--epochs", "1", "--dim", "16",
-                "--compile", "off", "--depth", "2", "--out", str(folder), "--name", name, *flags]
+        argv = ["--model", name, "--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--epochs", "1",
+                "--dim", "16", "--compile", "off", "--depth", "2", "--out", str(folder), "--name", name, *flags]
         train.run(train.resolve(train.parse_config(argv=argv)))
     return folder
 
@@ -135,7 +135,7 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, runs, arguments, 
 
 def write_log(path, accuracy, machine="a machine"):
     start = dict(event="start", machine=machine, torch="2.9.0", amp="bf16", parameters=2_000_000, forward_flops=5 * 10**8,
-                 config=dict(epochs=3))
+                 config=dict(epochs=3), data=dict(name="cifar10"))
     end = dict(event="end", test_accuracy=accuracy, seconds=100.4, images_per_second=50.0, peak_memory_bytes=2 * 10**9)
     path.write_text("".join(json.dumps(line) + "\n" for line in (start, end)))
 
@@ -149,7 +149,7 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     write_log(tmp_path / "results" / "tiny" / "vit-basic-0.jsonl", 0.7)
     (tmp_path / "results" / "tiny" / "hybrid-0.jsonl").write_text('{"event": "start"}\n{"event": "epoch"}\n')  # unfinished
     rows = {line.split(" | ")[0].strip("| "): line for line in show.markdown_table("tiny").splitlines() if "|" in line}
-    assert "| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | `python train.py --model vit` |" in rows["vit"]
+    assert "| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | `python train.py --model vit --size tiny` |" in rows["vit"]
     assert "| 70.00 | 1 |" in rows["vit-basic"]
     assert "not run" in rows["hybrid"] and "not run" in rows["resnet18"]
     assert "a machine, torch 2.9.0, bf16" in show.markdown_table("tiny")
@@ -183,7 +183,7 @@ def test_reproduce_runs_a_row_once_and_goes_on_from_a_stop(tmp_path):
     assert start("--seeds", "2", "vit", "resnet18").returncode == 0
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 4 and calls[0] == ("train.py --model vit --size tiny --seed 0 --name vit-0 "
-                                            "--out runs/reproduce-tiny")
+                                            "--out runs/reproduce-tiny --dataset cifar10")
     assert calls[1].endswith("--resume") and "resnet18" in calls[3]
     assert {p.name for p in (tmp_path / "results" / "tiny").iterdir()} == {
         "vit-0.jsonl", "vit-1.jsonl", "resnet18-0.jsonl", "resnet18-1.jsonl"}
