@@ -292,7 +292,7 @@ def markdown_table(size):
 
 
 def table(args):
-    """Both sizes' tables."""
+    """Both sizes' tables, which the README holds between two markers."""
     print("\n".join(markdown_table(size) for size in ("tiny", "base")), end="")
 
 

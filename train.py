@@ -604,11 +604,17 @@ def run(config, loss_function=cross_entropy, start=START, **about):
             raise InputError(f"{folder}/last.pt is of another version of this project: start again with "
                              "--overwrite") from None
 
+    last_save, save_seconds = time.perf_counter(), 0.0
+
     def save_last():
+        nonlocal last_save, save_seconds
+        began = time.perf_counter()
         if rank == 0:
             save(dict(config=dataclasses.asdict(config), data=data, step=step, curves=curves, speeds=speeds,
                       seconds=time.perf_counter() - start,
                       **{name: part.state_dict() for name, part in stateful.items()}), os.path.join(folder, "last.pt"))
+        last_save = time.perf_counter()
+        save_seconds = last_save - began
 
     def check_finite(losses, first):
         """A ruined model must not replace a good one. Waits for the device."""
@@ -642,7 +648,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
     accuracy = None
-    first_step, training_start, last_save = step, time.perf_counter(), time.perf_counter()
+    first_step, training_start = step, time.perf_counter()
     for epoch in range(step // steps_per_epoch, config.epochs):
         model.train()
         epoch_start, shown = time.perf_counter(), time.perf_counter()
@@ -678,7 +684,6 @@ def run(config, loss_function=cross_entropy, start=START, **about):
             if i + 1 < steps_per_epoch and (stopped_by or now - last_save > 300):
                 check_finite(curves["loss"][: i + 1].tolist(), step - i - 1)
                 save_last()
-                last_save = now
                 if stopped_by:
                     break
             if sys.stdout.isatty() and now - shown > 1 and now - epoch_start > 3:
@@ -707,8 +712,9 @@ def run(config, loss_function=cross_entropy, start=START, **about):
               flush=True)
         log("epoch", epoch=epoch + 1, step=step, train_loss=loss, loss_floor=floor, **means, accuracy=accuracy, lr=lr,
             images_per_second=speeds[-1], seconds=now - start)
-        save_last()
-        last_save = time.perf_counter()
+        # Short epochs are not all saved: 1 % of the time is enough for that.
+        if stopped_by or epoch + 1 == config.epochs or time.perf_counter() - last_save >= 100 * save_seconds:
+            save_last()
         if stopped_by:
             break
 

@@ -9,13 +9,15 @@ cd "$(dirname "$0")/.."
 
 rows() {
     cat <<'ROWS'
-vit-basic         train.py --model vit --recipe basic --pool cls
-vit               train.py --model vit
-hybrid-builtin    train.py --model hybrid --encoder builtin
-hybrid            train.py --model hybrid
-resnet18          train.py --model resnet18
-vit-distilled     distill.py --student vit
-hybrid-distilled  distill.py --student hybrid
+vit-basic          train.py --model vit --recipe basic --pool cls
+vit                train.py --model vit
+hybrid-builtin     train.py --model hybrid --encoder builtin
+hybrid             train.py --model hybrid
+resnet18           train.py --model resnet18
+vit-distilled      distill.py --student vit
+hybrid-distilled   distill.py --student hybrid
+vit-1-distilled    distill.py --student vit --epochs 1
+vit-1-control      distill.py --student vit --epochs 1 --alpha 0
 ROWS
 }
 

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import distill
+import show
 import train
 
 ROOT = Path(train.__file__).parent
@@ -41,6 +42,11 @@ def test_the_table_of_results_is_that_of_the_logs():
         assert (accuracy, seconds, speed) == (f"{100 * end['test_accuracy']:.2f}", f"{end['seconds']:.0f}",
                                               f"{end['images_per_second']:.0f}")
         assert start["machine"].split(",")[0] in README and start["torch"].split("+")[0] in README
+
+
+def test_the_generated_table_is_current():
+    found = re.search(r"<!-- table -->\n(.*)<!-- end of table -->", README, re.DOTALL)[1]
+    assert found.strip() == "\n".join(show.markdown_table(size) for size in ("tiny", "base")).strip()
 
 
 def test_the_copied_component_runs_as_shown():
