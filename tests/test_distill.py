@@ -40,8 +40,7 @@ def fewer_shapes():
     """Half of the shapes, for speed."""
     fewer = data.load_shapes(2000, 500)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, distill):
-            patch.setattr(module, "load_dataset", lambda *_: fewer)
+        patch.setattr(train, "load_dataset", lambda *_: fewer)
         yield fewer
 
 
@@ -154,6 +153,18 @@ def test_the_teacher_sees_the_students_batch_and_stays_as_it_was(teacher, fewer_
     assert parts["agreement"] == expected
 
 
+def test_the_loss_falls_over_a_few_steps(teacher, fewer_shapes):
+    loss_function = distill.make_loss(distill.load_teacher(teacher, fewer_shapes, "cpu"), small_config(alpha=0.9))
+    student = build_model("vit", patch_size=8, dim=32, depth=2, num_heads=2, gamma_init=1.0)
+    optimizer, losses = torch.optim.AdamW(student.parameters(), lr=3e-3), []
+    images, targets = next(data.train_batches(fewer_shapes, 0, 50, 0))
+    for _ in range(30):
+        loss, _ = loss_function(student(images), targets, images)
+        loss.backward(), optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
 def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_path, teacher, monkeypatch):
     """A loss that ignored the teacher would not notice."""
     def shuffled(*arguments):
@@ -164,7 +175,8 @@ def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_
     for load in (load_teacher, shuffled):
         monkeypatch.setattr(distill, "load_teacher", load)
         flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--student", "hybrid",
-                 "--batch-size", "50", "--epochs", "2", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path), "--overwrite"]
+                 "--batch-size", "25", "--epochs", "1", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path),
+                 "--overwrite"]
         accuracy.append(distill.start(train.parse_config(distill.Config, flags)))
     assert accuracy[0] > accuracy[1] + 0.2
 
@@ -190,7 +202,6 @@ def test_a_run_logs_the_teacher_and_the_parts_of_the_loss(tmp_path, teacher, cap
     for line in epochs:
         expected = 0.7 * 9 * line["kl"] + 0.3 * line["cross_entropy"]
         assert line["train_loss"] == pytest.approx(expected, rel=1e-4) and 0 <= line["agreement"] <= 1
-    assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
 
 
 @pytest.mark.parametrize("flags", [["--hard"], ["--distill-token"], ["--hard", "--distill-token"]])

@@ -91,7 +91,7 @@ def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
         choice = model(images).argmax(1)
         both = (model(images).softmax(1) + model(images.flip(3)).softmax(1)).argmax(1)
     accuracy = [float(found) for found in re.findall(r"accuracy ([\d.]+)", out)]
-    assert accuracy == [pytest.approx((c == shapes.test_labels).float().mean(), abs=0.0015) for c in (choice, both)]
+    assert accuracy == [pytest.approx((c == shapes.test_labels).float().mean().item(), abs=0.0015) for c in (choice, both)]
     rows = [list(map(int, line.split()[2:])) for line in out.splitlines()[-10:]]
     assert sum(map(sum, rows)) == 1000
     assert sum(rows[k][k] for k in range(10)) == pytest.approx(1000 * accuracy[0], abs=0.6)
