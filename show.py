@@ -267,6 +267,8 @@ def markdown_table(size):
     """results/SIZE/NAME-SEED.jsonl as a Markdown table: one row for each NAME of reproduce.sh, over its seeds."""
     head = ("run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
             "peak GB", "command")
+    if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
+        return f"{size}: not run yet; `results/reproduce.sh --size {size} --seeds 3` makes this table.\n"
     lines = [head, ["---"] * len(head)]
     machines = set()
     for name, command in planned_rows().items():
@@ -288,7 +290,7 @@ def markdown_table(size):
                       str(starts[0]["config"]["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
                       f"{mean('peak_memory_bytes') / 1e9:.2f}", command])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{size}, on {'; '.join(sorted(machines)) or 'no machine yet'}:\n\n{table}\n"
+    return f"{size}, on {'; '.join(sorted(machines))}:\n\n{table}\n"
 
 
 def table(args):
