@@ -525,6 +525,40 @@ def load_for_all(config):
     return dataset
 
 
+def restore(checkpoint, stateful, data, folder):
+    """Put the checkpoint's states into the objects of `stateful`, by name. Returns (curves, step, speeds, seconds).
+
+    InputError if the run was trained on other data, or if the file is of another version of this project.
+    """
+    try:
+        if checkpoint["data"] != data:
+            raise InputError(f"{folder}/last.pt is of other data ({checkpoint['data']}): resume it with its own")
+        for name, part in stateful.items():
+            if checkpoint[name]:  # a GradScaler that was off has no state
+                part.load_state_dict(checkpoint[name])
+        return tuple(checkpoint[name] for name in ("curves", "step", "speeds", "seconds"))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise InputError(f"{folder}/last.pt is of another version of this project: start again with "
+                         "--overwrite") from None
+
+
+def check_finite(losses, step, model, lr):
+    """InputError if a loss or a weight is not finite, so that a ruined model never replaces a good one.
+
+    losses: a list, the last one that of step `step` - 1; lr: the learning rate as a function of the step. Waits for the
+    device.
+    """
+    broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+    if broken:
+        what, step = f"the loss became {losses[broken[0]]}", step - len(losses) + broken[0]
+    elif all(p.isfinite().all() for p in model.parameters()):
+        return
+    else:
+        what, step = "a weight became infinite or nan", step - 1
+    raise InputError(f"{what} at step {step}, lr {lr(step):.2g}: start again with --overwrite and a lower --lr or "
+                     "--muon-lr, or with --clip 1 (last.pt, if there is one, is from before it)")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
@@ -554,6 +588,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     total_steps, warmup_steps = config.epochs * steps_per_epoch, round(config.warmup * steps_per_epoch)
     if warmup_steps >= total_steps:
         warmup_steps = total_steps // 10  # a run shorter than its preset's warm-up
+    lr = lambda step, peak=config.lr: lr_at(step, total_steps, warmup_steps, peak, config.schedule)
     options = model_options(config, len(dataset.classes))
     torch.manual_seed(config.seed)
     model = build_model(config.model, **options)
@@ -592,17 +627,8 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                     **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)})
     step, speeds = 0, []
     if checkpoint:
-        try:
-            if checkpoint["data"] != data:
-                raise InputError(f"{folder}/last.pt is of other data ({checkpoint['data']}): resume it with its own")
-            for name, part in stateful.items():
-                if checkpoint[name]:  # a scaler that was off has no state
-                    part.load_state_dict(checkpoint[name])
-            curves, step, speeds = checkpoint["curves"], checkpoint["step"], checkpoint["speeds"]
-            start -= checkpoint["seconds"]  # the clock goes on from where it stood
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            raise InputError(f"{folder}/last.pt is of another version of this project: start again with "
-                             "--overwrite") from None
+        curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
+        start -= seconds  # the clock goes on from where it stood
 
     last_save, save_seconds = time.perf_counter(), 0.0
 
@@ -615,18 +641,6 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                       **{name: part.state_dict() for name, part in stateful.items()}), os.path.join(folder, "last.pt"))
         last_save = time.perf_counter()
         save_seconds = last_save - began
-
-    def check_finite(losses, first):
-        """A ruined model must not replace a good one. Waits for the device."""
-        broken = [(f"the loss became {loss}", first + i) for i, loss in enumerate(losses) if not math.isfinite(loss)]
-        if not broken and not all(p.isfinite().all() for p in model.parameters()):
-            broken = [("a weight became infinite or nan", step - 1)]
-        if broken:
-            (what, i), kept = broken[0], os.path.exists(os.path.join(folder, "last.pt"))
-            lr = lr_at(i, total_steps, warmup_steps, config.lr, config.schedule)
-            raise InputError(f"{what} at step {i}, lr {lr:.2g} "
-                             f"({'last.pt is from before it' if kept else 'nothing was saved'}): start again with "
-                             "--overwrite and a lower --lr or --muon-lr, or with --clip 1")
 
     def log(event, **values):
         if rank > 0:
@@ -660,7 +674,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
             images, targets = images[rank::processes], targets[rank::processes]  # this process's share: all, mostly
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, total_steps, warmup_steps, group["peak_lr"], config.schedule)
+                    group["lr"] = lr(step, group["peak_lr"])
             with autocast:
                 logits = parallel(images)  # (B, K)
             loss, parts = loss_function(logits.float(), targets, images)
@@ -682,7 +696,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
 
             now = time.perf_counter()
             if i + 1 < steps_per_epoch and (stopped_by or now - last_save > 300):
-                check_finite(curves["loss"][: i + 1].tolist(), step - i - 1)
+                check_finite(curves["loss"][: i + 1].tolist(), step, model, lr)
                 save_last()
                 if stopped_by:
                     break
@@ -697,21 +711,20 @@ def run(config, loss_function=cross_entropy, start=START, **about):
         if processes > 1:
             for curve in curves.values():
                 dist.all_reduce(curve.div_(processes))
-        check_finite(curves["loss"].tolist(), epoch * steps_per_epoch)
+        check_finite(curves["loss"].tolist(), step, model, lr)
         seconds = time.perf_counter() - epoch_start
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
         speeds.append((steps_per_epoch - done) * config.batch_size / seconds)
-        lr = optimizers[-1].param_groups[0]["lr"]
         now = time.perf_counter()
         left = (total_steps - step) * (now - training_start) / (step - first_step)
         means = {name: float(np.mean(curve.tolist())) for name, curve in curves.items()}
         loss, floor = means.pop("loss"), means.pop("floor")
         wipe = "\r\033[K" if sys.stdout.isatty() else ""  # the progress line
-        print(f"{wipe}{epoch + 1:5d}  {loss:10.4f}  {floor:5.3f}  {accuracy:8.4f}  {lr:8.2e}  {speeds[-1]:8.0f}  "
-              f"{clock(now - start):>7}  {clock(left):>6}", *(f" {name} {value:.4f}" for name, value in means.items()),
-              flush=True)
-        log("epoch", epoch=epoch + 1, step=step, train_loss=loss, loss_floor=floor, **means, accuracy=accuracy, lr=lr,
-            images_per_second=speeds[-1], seconds=now - start)
+        others = "".join(f"  {name} {value:.4f}" for name, value in means.items())
+        print(f"{wipe}{epoch + 1:5d}  {loss:10.4f}  {floor:5.3f}  {accuracy:8.4f}  {lr(step - 1):8.2e}  "
+              f"{speeds[-1]:8.0f}  {clock(now - start):>7}  {clock(left):>6}{others}", flush=True)
+        log("epoch", epoch=epoch + 1, step=step, train_loss=loss, loss_floor=floor, **means, accuracy=accuracy,
+            lr=lr(step - 1), images_per_second=speeds[-1], seconds=now - start)
         # Short epochs are not all saved: 1 % of the time is enough for that.
         if stopped_by or epoch + 1 == config.epochs or time.perf_counter() - last_save >= 100 * save_seconds:
             save_last()
