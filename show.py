@@ -272,8 +272,8 @@ def markdown_table(size):
     lines = [head, ["---"] * len(head)]
     machines = set()
     for name, command in planned_rows().items():
-        paths = sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-[0-9]*.jsonl")))
-        logs = [read_log(path) for path in paths]
+        paths = sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-*.jsonl")))
+        logs = [read_log(path) for path in paths if re.fullmatch(rf"{name}-\d+\.jsonl", os.path.basename(path))]
         logs = [log for log in logs if log[-1]["event"] == "end" and log[-1]["test_accuracy"] is not None
                 and log[0]["data"]["name"] == "cifar10"]
         command = f"`python {command} --size {size}`"

@@ -147,6 +147,7 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     write_log(tmp_path / "results" / "tiny" / "vit-0.jsonl", 0.80)
     write_log(tmp_path / "results" / "tiny" / "vit-1.jsonl", 0.82)
     write_log(tmp_path / "results" / "tiny" / "vit-basic-0.jsonl", 0.7)
+    write_log(tmp_path / "results" / "tiny" / "vit-1-control-0.jsonl", 0.5)  # not a seed of vit
     (tmp_path / "results" / "tiny" / "hybrid-0.jsonl").write_text('{"event": "start"}\n{"event": "epoch"}\n')  # unfinished
     rows = {line.split(" | ")[0].strip("| "): line for line in show.markdown_table("tiny").splitlines() if "|" in line}
     assert "| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | `python train.py --model vit --size tiny` |" in rows["vit"]
