@@ -184,7 +184,8 @@ SHAPES = ("bar", "bowtie", "crescent", "disc", "frame", "plus", "ring", "square"
 def load_shapes(num_train=4000, num_test=1000, seed=0):
     """Ten classes of drawn figures, made on the spot: any place, size, turn and colour, over textured, noisy grounds.
 
-    The same images for the same seed. No download: for tests and first tries.
+    The same images for the same seed. No download: for tests and first tries. A linear classifier stays under 50 %; a
+    ViT of width 128 and depth 4 has 97 % after 60 epochs (batch 100, n = 1).
     """
     N, S = num_train + num_test, IMAGE_SIZE
     g = torch.Generator().manual_seed(seed)
