@@ -64,6 +64,10 @@ class Dataset:
             self.mean = mean.float().view(1, -1, 1, 1)
             self.std = var.clamp(min=1e-6).sqrt().float().view(1, -1, 1, 1)
 
+    def normalise(self, images):
+        """images uint8 (B, C, S, S) -> float32, each channel of the training images with mean 0 and variance 1."""
+        return (images.float() / 255 - self.mean) / self.std
+
     def to(self, device):
         """The same data set with all its tensors on `device`."""
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -302,7 +306,7 @@ def test_batches(dataset, batch_size):
     """
     for images, labels in zip(dataset.test_images.split(batch_size), dataset.test_labels.split(batch_size)):
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))  # (batch_size, C, S, S)
-        yield (images.float() / 255 - dataset.mean) / dataset.std, labels
+        yield dataset.normalise(images), labels
 
 
 def soft_targets(labels, num_classes, label_smoothing=0.0):

@@ -8,7 +8,6 @@ After one epoch on two CPU cores (`--epochs 1`, tiny, torch 2.15): 59.6 % with t
 From top to bottom: the loss, the teacher, and the command line. The loop is train.py's own.
 """
 
-import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -45,6 +44,11 @@ def kl_divergence(student_logits, teacher_logits, temperature):
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def split_heads(logits):
+    """What a student says to the labels and to the teacher, (B, K) each: with logits (B, 2, K) not the same."""
+    return logits.unbind(1) if logits.ndim == 3 else (logits, logits)
+
+
 def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha, hard=False):
     """alpha * T^2 * KL(teacher || student) at temperature T, plus (1 - alpha) * cross-entropy.
 
@@ -58,7 +62,7 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     / T, and for large T each p is about 1/K + (z - mean z) / (K T): the difference shrinks with 1/T once more. T^2
     undoes both, so that alpha keeps its meaning at every temperature.
     """
-    by_label, by_teacher = student_logits.unbind(1) if student_logits.ndim == 3 else (student_logits, student_logits)
+    by_label, by_teacher = split_heads(student_logits)
     if hard:
         from_teacher = F.cross_entropy(by_teacher, teacher_logits.argmax(dim=1))
     else:
@@ -81,7 +85,7 @@ def make_loss(teacher, config):
             teacher_logits = teacher_logits.float()
         loss = distillation_loss(logits, teacher_logits, targets, config.temperature, config.alpha, config.hard)
         with torch.no_grad():
-            by_label, by_teacher = logits.unbind(1) if logits.ndim == 3 else (logits, logits)
+            by_label, by_teacher = split_heads(logits)
             agree = (by_teacher.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
             parts = dict(kl=kl_divergence(by_teacher, teacher_logits, config.temperature),
                          cross_entropy=F.cross_entropy(by_label, targets), agreement=agree)
@@ -130,7 +134,7 @@ def seconds_per_step(teacher, dataset, config):
         if config.device != "cpu":
             getattr(torch, config.device).synchronize()
 
-    images = (dataset.train_images[: config.batch_size].float() / 255 - dataset.mean) / dataset.std
+    images = dataset.normalise(dataset.train_images[: config.batch_size])
     images = images.contiguous(memory_format=torch.channels_last)
     seconds = []
     for _ in range(7):  # two to warm up, and to compile

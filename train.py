@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -509,8 +508,8 @@ def join_processes(config):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if config.device == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -594,8 +593,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     model = build_model(config.model, **options)
     if hasattr(model, "trunk"):
         # The tiny hybrid has 81.6 % after its first epoch, and 78.0 % from random filters, on a hold-out.
-        sample = dataset.train_images[:: max(1, data["train"] // 5000)]
-        whiten(model.trunk[0], ((sample.float() / 255 - dataset.mean) / dataset.std).cpu())
+        whiten(model.trunk[0], dataset.normalise(dataset.train_images[:: max(1, data["train"] // 5000)]).cpu())
     if processes > 1 and device.type == "cuda":  # on a CPU every process takes the statistics of its own share
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Convolutions are faster with the channels last in memory, on GPUs and CPUs alike.

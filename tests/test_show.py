@@ -111,7 +111,7 @@ def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path,
 
 
 def test_curves(tmp_path, monkeypatch, runs):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is optional, for this picture alone")
     call(monkeypatch, tmp_path, "curves", runs / "vit", runs / "hybrid")
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
 
