@@ -326,21 +326,26 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
 
 
 @torch.no_grad()
-def whiten(conv, images):
-    """Start a first convolution with the principal components of the images' patches, each with both signs.
+def whiten(first, images):
+    """Let a model's first layer, a convolution or a PatchEmbed, start from the principal components of the images.
 
-    conv.weight (O, C, P, P), changed in place; images (B, C, S, S), float, normalised. Neighbouring pixels are alike,
-    so random filters nearly all see the patch's mean colour. The components see what is independent of each other, and
-    the BatchNorm behind makes all equally strong: whitened patches (Jordan 2024, 2404.00498, section 3.2). Both
-    signs, because the activation cuts one side off. Channels beyond 2 C P^2 stay as they are.
+    Its weight is changed in place. images (B, C, S, S), float, normalised. Neighbouring pixels are alike, so random
+    filters nearly all see a patch's mean colour. The components see what is independent of each other (whitened
+    patches: Jordan 2024, 2404.00498, section 3.2). Builds on PatchEmbed.
     """
-    O, C, P, _ = conv.weight.shape
+    P = first.patch_size if isinstance(first, PatchEmbed) else first.kernel_size[0]
     patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)
     patches = patches.transpose(1, 2).flatten(0, 1)  # (B*patches, C*P*P)
-    _, components = torch.linalg.eigh(patches.T @ patches)  # columns, the strongest last
-    strongest = components.T.flip(0)[: O // 2]  # (at most O/2, C*P*P)
-    filters = torch.cat([strongest, -strongest]).view(-1, C, P, P)
-    conv.weight[: len(filters)] = filters.to(conv.weight)
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # columns, the strongest last
+    if isinstance(first, PatchEmbed):
+        # The same random mixture as before, but of components of equal strength; 0.01 spares us the faintest, noise.
+        equal = components * (variances.clamp(min=0) + 0.01) ** -0.5  # (C*P*P, C*P*P)
+        first.proj.weight.copy_(first.proj.weight.double() @ equal.T)
+    else:
+        # Each component with both signs, as the activation cuts one side off; the BatchNorm makes them equally strong.
+        strongest = components.T.flip(0)[: len(first.weight) // 2]  # (at most O/2, C*P*P)
+        filters = torch.cat([strongest, -strongest]).view(-1, *first.weight.shape[1:])
+        first.weight[: len(filters)] = filters.to(first.weight)  # channels beyond 2 C P^2 stay as they are
 
 
 class ResNet18(nn.Module):

@@ -256,46 +256,87 @@ def read_log(path):
         raise InputError(f"cannot read the log {path} ({error})") from None
 
 
-def planned_rows():
-    """{name: command} of every row that results/reproduce.sh can run, in its order."""
+def planned_rows(size, part="ROWS"):
+    """{name: command} of what results/reproduce.sh runs at that size, in its order: its ROWS or its ABLATIONS."""
     script = open(os.path.join(ROOT, "results", "reproduce.sh")).read()
-    rows = re.search(r"<<'ROWS'\n(.*?)\nROWS", script, re.DOTALL)[1]
-    return dict(re.split(r"\s+", line.strip(), maxsplit=1) for line in rows.splitlines() if line.strip())
+    lines = re.search(rf"<<'{part}'\n(.*?)\n *{part}\n", script, re.DOTALL)[1].splitlines()
+    short = " --epochs 1" if (size, part) == ("tiny", "ABLATIONS") else ""
+    return {name: command + short for name, sizes, command in (line.split(maxsplit=2) for line in lines)
+            if sizes in (size, "both")}
+
+
+def finished_runs(size, name):
+    """{seed: log} of the finished runs on CIFAR-10 whose logs are results/SIZE/NAME-SEED.jsonl."""
+    logs = {}
+    for path in sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-*.jsonl"))):
+        seed = os.path.basename(path)[len(name) + 1 : -len(".jsonl")]
+        log = read_log(path) if seed.isdigit() else [{"event": None}]  # another row's, whose name begins alike
+        if log[-1]["event"] == "end" and log[-1]["test_accuracy"] is not None and log[0]["data"]["name"] == "cifar10":
+            logs[int(seed)] = log
+    return logs
+
+
+def machine_of(logs):
+    """The machines, versions and precisions of these logs, each once."""
+    return "; ".join(sorted({f"{log[0]['machine']}, torch {log[0]['torch']}, {log[0]['amp']}" for log in logs}))
+
+
+def mean_and_std(values, sign=""):
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{spread}"
+
+
+def as_markdown(head, lines):
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
 
 
 def markdown_table(size):
-    """results/SIZE/NAME-SEED.jsonl as a Markdown table: one row for each NAME of reproduce.sh, over its seeds."""
-    head = ("run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
-            "peak GB", "command")
+    """The results of that size as a Markdown table: one row for each of reproduce.sh's, over its seeds."""
+    head = ["run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
+            "peak GB", "command"]
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
         return f"{size}: not run yet; `results/reproduce.sh --size {size} --seeds 3` makes this table.\n"
-    lines = [head, ["---"] * len(head)]
-    machines = set()
-    for name, command in planned_rows().items():
-        paths = sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-*.jsonl")))
-        logs = [read_log(path) for path in paths if re.fullmatch(rf"{name}-\d+\.jsonl", os.path.basename(path))]
-        logs = [log for log in logs if log[-1]["event"] == "end" and log[-1]["test_accuracy"] is not None
-                and log[0]["data"]["name"] == "cifar10"]
+    lines, shown = [], []
+    for name, command in planned_rows(size).items():
+        logs = list(finished_runs(size, name).values())
         command = f"`python {command} --size {size}`"
         if not logs:
             lines.append([name, "not run", *["-"] * 7, command])
             continue
-        starts, ends = [log[0] for log in logs], [log[-1] for log in logs]
-        accuracy = [100 * end["test_accuracy"] for end in ends]
-        spread = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
-        mean = lambda key: statistics.mean(end[key] for end in ends)
-        machines |= {f"{start['machine']}, torch {start['torch']}, {start['amp']}" for start in starts}
-        lines.append([name, f"{statistics.mean(accuracy):.2f}{spread}", str(len(logs)),
-                      f"{starts[0]['parameters'] / 1e6:.2f}", f"{starts[0]['forward_flops'] / 1e9:.3f}",
-                      str(starts[0]["config"]["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
+        start, mean = logs[0][0], lambda key: statistics.mean(log[-1][key] for log in logs)
+        lines.append([name, mean_and_std([100 * log[-1]["test_accuracy"] for log in logs]), str(len(logs)),
+                      f"{start['parameters'] / 1e6:.2f}", f"{start['forward_flops'] / 1e9:.3f}",
+                      str(start["config"]["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
                       f"{mean('peak_memory_bytes') / 1e9:.2f}", command])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{size}, on {'; '.join(sorted(machines))}:\n\n{table}\n"
+        shown += logs
+    return f"{size}, on {machine_of(shown)}:\n\n{as_markdown(head, lines)}"
+
+
+def ablation_table(size):
+    """What each change to the base run does, over the seeds that both have. The base run: vit, or vit-1 if tiny."""
+    base_name = "vit-1" if size == "tiny" else "vit"
+    base, lines, shown, missing = finished_runs(size, base_name), [], [], []
+    for name, command in planned_rows(size, "ABLATIONS").items():
+        logs = finished_runs(size, name)
+        if not logs:
+            missing.append(name)
+            continue
+        accuracy = {seed: 100 * log[-1]["test_accuracy"] for seed, log in logs.items()}
+        gain = [value - 100 * base[seed][-1]["test_accuracy"] for seed, value in accuracy.items() if seed in base]
+        start, seconds = next(iter(logs.values()))[0], statistics.mean(log[-1]["seconds"] for log in logs.values())
+        lines.append([name, mean_and_std(accuracy.values()), mean_and_std(gain, "+") if gain else "-", str(len(logs)),
+                      f"{start['forward_flops'] / 1e9:.3f}", f"{seconds:.0f}", f"`python {command} --size {size}`"])
+        shown += logs.values()
+    if not lines:
+        return ""
+    head = ["change", "accuracy, %", f"against {base_name}", "n", "GFLOP/image", "seconds", "command"]
+    rest = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
+    return f"\n{size}, single changes, on {machine_of(shown)}:\n\n{as_markdown(head, lines)}{rest}"
 
 
 def table(args):
-    """Both sizes' tables, which the README holds between two markers."""
-    print("\n".join(markdown_table(size) for size in ("tiny", "base")), end="")
+    """Both sizes' tables and ablations, which the README holds between two markers."""
+    print("\n".join(markdown_table(size) + ablation_table(size) for size in ("tiny", "base")), end="")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

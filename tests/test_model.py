@@ -336,6 +336,23 @@ def test_whiten_starts_a_convolution_with_the_principal_components():
     assert torch.equal(wide.weight[54:], before[54:]) and not torch.equal(wide.weight[:54], before[:54])
 
 
+def test_whiten_lets_a_patch_embedding_see_whitened_patches():
+    """Its weight the identity, the tokens of the images are uncorrelated and of unit variance; else, it mixes those."""
+    images, embed = torch.randn(500, 3, 8, 8).cumsum(2).cumsum(3), model.PatchEmbed(8, 2, 3, dim=12)
+    random = embed.proj.weight.detach().clone()
+    embed.proj.weight.data.copy_(torch.eye(12))
+    model.whiten(embed, images)
+    white = embed(images).detach().flatten(0, 1)
+    covariance = white.T @ white / len(white)
+    strong = covariance.diag() > 0.9  # not those whose variance is about 0.01
+    assert strong.sum() >= 9
+    torch.testing.assert_close(covariance, covariance.diag().diag(), atol=2e-3, rtol=0)
+    torch.testing.assert_close(covariance.diag()[strong], torch.ones(int(strong.sum())), atol=0.1, rtol=0)
+    embed.proj.weight.data.copy_(random)
+    model.whiten(embed, images)
+    torch.testing.assert_close(embed(images).detach().flatten(0, 1), white @ random.T, atol=1e-3, rtol=1e-3)
+
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The shape comments, and the promise that each class can be copied out. CASES drives every class alone: its options,

@@ -2,9 +2,12 @@
 
 import io
 import json
+import os
 import pickle
 import random
 import re
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import distill
 import train
 
 ROOT = Path(train.__file__).parent
@@ -72,6 +76,108 @@ def test_fifty_kills_leave_a_whole_checkpoint_every_time(tmp_path):
     assert result.returncode == 0, result.stderr
     whole, step = map(int, re.search(r"whole (\d+) step (\d+)", result.stdout).groups())
     assert whole >= 45 and step >= 50  # only the first kills may come before the first checkpoint
+
+
+# ---- Exact resume
+
+def same_bits(a, b):
+    for part in ("model", "averaged", "curves"):
+        assert a[part].keys() == b[part].keys()
+        assert all(torch.equal(value, b[part][name]) for name, value in a[part].items()), part
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=needs_compiler)])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+@pytest.mark.parametrize("script", ["train", "distill"])
+def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, few, script, amp, compiled):
+    """Stopped in its first epoch, at the end of it, and in its last: 3 epochs of 4 steps."""
+    flags = [*SMALL, "--out", str(tmp_path), "--epochs", "3", "--batch-size", "100", "--drop-path", "0.2", "--mixup", "1",
+             "--ema", "0.9", "--amp", amp, "--compile", compiled]
+    if script == "distill":
+        train.run(config(tmp_path, "--name", "teacher", "--epochs", "1", "--batch-size", "100"))
+        flags += ["--teacher", str(tmp_path / "teacher" / "model.pt")]
+    command = dict(train=lambda c, loss: train.run(train.resolve(c), loss), distill=distill_with)[script]
+
+    def go(name, *more, stop=None):
+        steps = []
+
+        def loss(*batch):
+            steps.append(1)
+            if len(steps) == stop:
+                train.stopped_by.append(2)
+            return train.cross_entropy(*batch)
+        argv = [a if a != "--model" or script == "train" else "--student" for a in [*flags, "--name", name, *more]]
+        command(train.parse_config({"train": train, "distill": distill}[script].Config, argv), loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        go("whole")
+        for first, stop in (([], 2), (["--resume"], 2), (["--resume"], 6)):  # at steps 2, 4 and 10 of 12
+            patch.setattr(train, "stopped_by", [])
+            with pytest.raises(SystemExit) as end:
+                go("cut", *first, stop=stop)
+            assert end.value.code == 130
+        patch.setattr(train, "stopped_by", [])
+        assert train.load(tmp_path / "cut" / "last.pt")["step"] == 10
+        go("cut", "--resume")
+    same_bits(*(train.load(tmp_path / name / "last.pt") for name in ("whole", "cut")))
+
+
+def distill_with(settings, loss):
+    """distill.py's command, with a loss that calls `loss` beside its own."""
+    made = distill.make_loss
+
+    def both(*arguments):
+        own = made(*arguments)
+        return lambda *batch: (loss(*batch), own(*batch))[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "make_loss", both)
+        distill.start(settings)
+
+
+@needs_compiler
+def test_compiled_and_eager_runs_go_on_with_each_other(tmp_path, few):
+    losses = {}
+    for name, first, second in (("a", "on", "off"), ("b", "off", "on"), ("c", "off", "off")):
+        flags = ["--name", name, "--batch-size", "100", "--drop-path", "0.2"]
+        train.run(config(tmp_path, *flags, "--epochs", "2", "--compile", first))
+        train.run(config(tmp_path, *flags, "--epochs", "3", "--compile", second, "--resume"))
+        losses[name] = train.load(tmp_path / name / "last.pt")["curves"]["loss"]
+    assert len(losses["c"]) == 4
+    for name in "ab":  # not to the bit: a compiled DropPath draws other numbers, and sums are in another order
+        torch.testing.assert_close(losses[name], losses["c"], atol=0.02, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_moves_from_the_cpu_to_the_gpu_and_back(tmp_path, few):
+    for epochs, device in ((1, "cpu"), (2, "cuda"), (3, "cpu")):
+        more = ["--resume"] if epochs > 1 else []
+        train.run(config(tmp_path, "--batch-size", "100", "--ema", "0.9", "--epochs", str(epochs), "--device", device,
+                         *more))
+    assert train.load(tmp_path / "a" / "last.pt")["step"] == 12
+
+
+# ---- A disk or a memory that is too small
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(tmp_path):
+    flags = [sys.executable, "train.py", *SMALL, "--out", str(tmp_path), "--name", "a", "--batch-size", "2000"]
+    assert subprocess.run([*flags, "--epochs", "1"], cwd=ROOT, capture_output=True).returncode == 0
+    whole = (tmp_path / "a" / "last.pt").read_bytes()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2,) * 2)  # bytes that a file may have
+    result = subprocess.run([*flags, "--epochs", "3", "--resume"], cwd=ROOT, capture_output=True, text=True,
+                            preexec_fn=limit)
+    assert result.returncode == 1 and "disk" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "a" / "last.pt").read_bytes() == whole and not (tmp_path / "a" / "last.pt.new").exists()
+
+
+def test_a_memory_that_is_too_small_names_the_flag(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))  # bytes; the weights of attention need 2^35
+    result = subprocess.run([sys.executable, "train.py", *SMALL, "--out", str(tmp_path), "--patch-size", "1",
+                             "--batch-size", "4000", "--heads", "2"], cwd=ROOT, capture_output=True, text=True,
+                            preexec_fn=limit)
+    assert result.returncode == 1 and "--batch-size" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 # ---- Damaged and malicious files

@@ -147,7 +147,7 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     write_log(tmp_path / "results" / "tiny" / "vit-0.jsonl", 0.80)
     write_log(tmp_path / "results" / "tiny" / "vit-1.jsonl", 0.82)
     write_log(tmp_path / "results" / "tiny" / "vit-basic-0.jsonl", 0.7)
-    write_log(tmp_path / "results" / "tiny" / "vit-1-control-0.jsonl", 0.5)  # not a seed of vit
+    write_log(tmp_path / "results" / "tiny" / "vit-1-0.jsonl", 0.5)  # not a seed of vit
     (tmp_path / "results" / "tiny" / "hybrid-0.jsonl").write_text('{"event": "start"}\n{"event": "epoch"}\n')  # unfinished
     rows = {line.split(" | ")[0].strip("| "): line for line in show.markdown_table("tiny").splitlines() if "|" in line}
     assert "| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | `python train.py --model vit --size tiny` |" in rows["vit"]
@@ -157,12 +157,32 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     assert "not run yet" in show.markdown_table("base")
 
 
-def test_every_row_is_a_command_that_parses():
+def test_ablations_are_measured_against_the_base_run_seed_by_seed(tmp_path, monkeypatch):
+    (tmp_path / "results" / "tiny").mkdir(parents=True)
+    (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
+    monkeypatch.setattr(show, "ROOT", str(tmp_path))
+    assert show.ablation_table("tiny") == ""
+    for name, accuracy in (("vit-1-0", 0.5), ("vit-1-1", 0.6), ("vit-1-2", 0.1), ("patch-8-0", 0.52), ("patch-8-1", 0.64)):
+        write_log(tmp_path / "results" / "tiny" / f"{name}.jsonl", accuracy)
+    table = show.ablation_table("tiny")
+    assert ("| patch-8 | 58.00 ± 8.49 | +3.00 ± 1.41 | 2 | 0.500 | 100 | "
+            "`python train.py --model vit --patch-size 8 --epochs 1 --size tiny` |") in table
+    assert "against vit-1 |" in table and "Not run: patch-2, cls," in table
+
+
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_every_row_is_a_command_that_parses_and_changes_something(size):
     import distill
-    for name, command in show.planned_rows().items():
-        script, *flags = command.split()
-        config_class = {"train.py": train.Config, "distill.py": distill.Config}[script]
-        train.resolve(train.parse_config(config_class, flags))
+    base = vars(train.resolve(train.parse_config(train.Config, ["--size", size])))
+    for part in ("ROWS", "ABLATIONS"):
+        for name, command in show.planned_rows(size, part).items():
+            script, *flags = command.split()
+            config_class = {"train.py": train.Config, "distill.py": distill.Config}[script]
+            config = vars(train.resolve(train.parse_config(config_class, [*flags, "--size", size])))
+            if part == "ABLATIONS":
+                same = ("epochs", "name") if size == "tiny" else ("name",)
+                assert script == "distill.py" or any(base[k] != config[k] for k in base if k not in same), name
+                assert config["epochs"] == 1 or size == "base"
 
 
 def test_reproduce_runs_a_row_once_and_goes_on_from_a_stop(tmp_path):

@@ -319,3 +319,25 @@ def test_every_model_trains_on_a_gpu(tmp_path, model, size, amp):
     log = map(json.loads, open(tmp_path / settings.name / "log.jsonl"))
     losses = [line["train_loss"] for line in log if line["event"] == "epoch"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", ["vit", "hybrid", "resnet18"])
+def test_inside_an_epoch_no_step_waits_for_the_gpu_and_nothing_is_compiled_anew(tmp_path, model):
+    from torch._dynamo.utils import counters
+    steps, graphs = [], []
+
+    def watch(*batch):
+        steps.append(1)
+        if len(steps) in (3, 21):  # past compilation; both epochs have 20 steps
+            graphs.append(counters["stats"]["unique_graphs"])
+        torch.cuda.set_sync_debug_mode("error" if len(steps) in (*range(3, 20), *range(23, 40)) else "default")
+        return train.cross_entropy(*batch)
+    torch._dynamo.reset(), counters.clear()
+    settings = config("--dataset", "shapes", "--model", model, "--size", "base", "--epochs", "2", "--batch-size", "200",
+                      "--device", "cuda", "--out", str(tmp_path))
+    try:
+        train.run(settings, watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert graphs[1] - graphs[0] <= 1  # that of evaluation

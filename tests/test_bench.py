@@ -1,0 +1,69 @@
+"""bench.py: the contestants are of the same shape, and a small run of each measurement gives a table."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+
+import bench
+import train
+from model import build_model
+
+
+@pytest.mark.parametrize("model", ["vit", "resnet18"])
+def test_the_peer_has_exactly_our_parameters(model):
+    flags = ["--model", model, "--size", "base"] + (["--pool", "cls", "--gamma-init", "none"] if model == "vit" else [])
+    config = train.resolve(train.parse_config(argv=flags))
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    ours = build_model(model, **train.model_options(config, 10))
+    peer = bench.torchvision_model(config, 10)
+    assert count(ours) == count(peer)
+    x = torch.randn(2, 3, 32, 32)
+    assert peer.eval()(x).shape == ours.eval()(x).shape
+
+
+def test_models_beside_their_peers(tmp_path, capsys):
+    path = tmp_path / "b.json"
+    bench.main(["--device", "cpu", "--size", "tiny", "--models", "vit", "--peer", "torchvision", "--windows", "1",
+                "--seconds", "0.1", "--dataset", "shapes", "--batch-size", "20", "--json", str(path)])
+    result = json.loads(path.read_text())
+    assert capsys.readouterr().out == bench.markdown(result)
+    ours, in_our_loop, usual = result["rows"]
+    assert ours["times_slower"] == 1 and sum(ours["shares"].values()) == pytest.approx(1)
+    assert 0 < ours["of_matrix_rate"] < 1 and ours["peak_bytes"] > 1e8
+    assert all(0 < ours["shares"][part] < 1 for part in ("augment", "forward", "backward", "optimizer"))
+    for row in (in_our_loop, usual):
+        assert row["times_slower"] == pytest.approx(ours["images_per_second"] / row["images_per_second"])
+
+
+def test_a_step_of_the_bench_is_a_step_of_train(tmp_path, monkeypatch):
+    """Both take the same batches to the same losses, at the same learning rate."""
+    losses, loss = {"bench": [], "train": []}, train.cross_entropy
+
+    def noted(who):
+        def function(*batch):
+            value, parts = loss(*batch)
+            losses[who].append(value.item())
+            return value, parts
+        return function
+    flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--patch-size", "16", "--dim", "16", "--heads", "2",
+             "--epochs", "1", "--batch-size", "500", "--mixup", "1", "--clip", "1", "--out", str(tmp_path)]
+    config = train.resolve(train.parse_config(argv=flags))
+    monkeypatch.setattr(train, "lr_at", lambda *_: 1e-5)
+    train.run(config, noted("train"))
+    monkeypatch.setattr(train, "cross_entropy", noted("bench"))
+    loop = bench.Ours(config, bench.load_dataset("shapes"))
+    for _ in range(8):
+        loop.step()
+    assert losses["bench"] == losses["train"]
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_traps_are_looked_at(capsys):
+    bench.main(["--device", "cpu", "--traps", "--windows", "1"])
+    out = capsys.readouterr().out
+    assert "written out" in out and "NAN" not in out
+    kept = float(out.split("keeps ")[1].split()[0])
+    assert 0.4 < kept < 0.6
