@@ -215,7 +215,7 @@ class Encoder(nn.Module):
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N+1, D), or N+2 with "distill"
         x = self.norm(self.blocks(x + self.pos_embed))
         if self.pool == "distill":
-            return x[:, :2]
+            return x[:, :2]  # (B, 2, D)
         return x[:, 0] if self.pool == "cls" else x.mean(dim=1)  # (B, D)
 
 
@@ -326,26 +326,29 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
 
 
 @torch.no_grad()
-def whiten(first, images):
+def whiten(layer, images):
     """Let a model's first layer, a convolution or a PatchEmbed, start from the principal components of the images.
 
-    Its weight is changed in place. images (B, C, S, S), float, normalised. Neighbouring pixels are alike, so random
-    filters nearly all see a patch's mean colour. The components see what is independent of each other (whitened
-    patches: Jordan 2024, 2404.00498, section 3.2). Builds on PatchEmbed.
+    images (B, C, S, S), float, normalised, on the layer's device. Changes the layer's weight, (O, C, P, P) or
+    (D, C*P*P), in place. Neighbouring pixels are alike, so random filters nearly all see a patch's mean colour. The
+    components see what is independent of each other (whitened patches: Jordan 2024, 2404.00498, section 3.2). Builds
+    on PatchEmbed.
     """
-    P = first.patch_size if isinstance(first, PatchEmbed) else first.kernel_size[0]
+    P = layer.patch_size if isinstance(layer, PatchEmbed) else layer.kernel_size[0]
     patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)
     patches = patches.transpose(1, 2).flatten(0, 1)  # (B*patches, C*P*P)
-    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # columns, the strongest last
-    if isinstance(first, PatchEmbed):
-        # The same random mixture as before, but of components of equal strength; 0.01 spares us the faintest, noise.
+    # The strengths (C*P*P), the weakest first, and the components, the columns of (C*P*P, C*P*P).
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    if isinstance(layer, PatchEmbed):
+        # The same random mixture as before, of components of equal strength. Those with less variance than 0.01 are
+        # noise, and are not blown up to full strength.
         equal = components * (variances.clamp(min=0) + 0.01) ** -0.5  # (C*P*P, C*P*P)
-        first.proj.weight.copy_(first.proj.weight.double() @ equal.T)
+        layer.proj.weight.copy_(layer.proj.weight.double() @ equal.T)  # (D, C*P*P)
     else:
         # Each component with both signs, as the activation cuts one side off; the BatchNorm makes them equally strong.
-        strongest = components.T.flip(0)[: len(first.weight) // 2]  # (at most O/2, C*P*P)
-        filters = torch.cat([strongest, -strongest]).view(-1, *first.weight.shape[1:])
-        first.weight[: len(filters)] = filters.to(first.weight)  # channels beyond 2 C P^2 stay as they are
+        strongest = components.T.flip(0)[: len(layer.weight) // 2]  # (at most O/2, C*P*P)
+        filters = torch.cat([strongest, -strongest]).view(-1, *layer.weight.shape[1:])  # (at most O, C, P, P)
+        layer.weight[: len(filters)] = filters.to(layer.weight)  # channels beyond 2 C P^2 stay as they are
 
 
 class ResNet18(nn.Module):

@@ -35,7 +35,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 # Pictures
 
 def save_grid(rows, titles, captions, path, scale=3):
-    """Write a PNG: rows of pictures, float (n, 3, S, S), 0 to 1, a title left of each row, a caption under each picture."""
+    """Write a PNG: rows of pictures, float (n, 3, S, S), 0 to 1, each row with a title and each picture with a caption."""
     S, left, below = IMAGE_SIZE * scale, 120, 24
     canvas = Image.new("RGB", (left + (S + 4) * max(map(len, rows)), (S + below) * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -256,12 +256,19 @@ def read_log(path):
         raise InputError(f"cannot read the log {path} ({error})") from None
 
 
-def planned_rows(size, part="ROWS"):
-    """{name: command} of what results/reproduce.sh runs at that size, in its order: its ROWS or its ABLATIONS."""
+def planned(size, part="ROWS"):
+    """What results/reproduce.sh runs at that size, in its order: {name: command} of its ROWS, and {name: (the row that
+    it is compared with, command)} of its ABLATIONS."""
     script = open(os.path.join(ROOT, "results", "reproduce.sh")).read()
-    lines = re.search(rf"<<'{part}'\n(.*?)\n *{part}\n", script, re.DOTALL)[1].splitlines()
-    short = " --epochs 1" if (size, part) == ("tiny", "ABLATIONS") else ""
-    return {name: command + short for name, sizes, command in (line.split(maxsplit=2) for line in lines)
+    lines = re.search(rf"<<'{part}'\n(.*?)\n{part}\n", script, re.DOTALL)[1].splitlines()
+    if part == "ROWS":
+        rows = (line.split(maxsplit=2) for line in lines)
+        return {name: command for name, sizes, command in rows if sizes in (size, "both")}
+    rows = (line.split(maxsplit=3) for line in lines)
+    if size == "base":
+        return {name: (base, command) for name, sizes, base, command in rows if sizes in (size, "both")}
+    of_one_epoch = {"vit": "vit-1", "vit-distilled": "vit-1-distilled", "basic": "basic"}
+    return {name: (of_one_epoch[base], f"{command} --epochs 1") for name, sizes, base, command in rows
             if sizes in (size, "both")}
 
 
@@ -270,7 +277,9 @@ def finished_runs(size, name):
     logs = {}
     for path in sorted(glob.glob(os.path.join(ROOT, "results", size, f"{name}-*.jsonl"))):
         seed = os.path.basename(path)[len(name) + 1 : -len(".jsonl")]
-        log = read_log(path) if seed.isdigit() else [{"event": None}]  # another row's, whose name begins alike
+        if not seed.isdigit():  # another row's, whose name begins alike
+            continue
+        log = read_log(path)
         if log[-1]["event"] == "end" and log[-1]["test_accuracy"] is not None and log[0]["data"]["name"] == "cifar10":
             logs[int(seed)] = log
     return logs
@@ -297,7 +306,7 @@ def markdown_table(size):
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
         return f"{size}: not run yet; `results/reproduce.sh --size {size} --seeds 3` makes this table.\n"
     lines, shown = [], []
-    for name, command in planned_rows(size).items():
+    for name, command in planned(size).items():
         logs = list(finished_runs(size, name).values())
         command = f"`python {command} --size {size}`"
         if not logs:
@@ -309,27 +318,27 @@ def markdown_table(size):
                       str(start["config"]["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
                       f"{mean('peak_memory_bytes') / 1e9:.2f}", command])
         shown += logs
-    return f"{size}, on {machine_of(shown)}:\n\n{as_markdown(head, lines)}"
+    return f"{size}, on {machine_of(shown) or 'no machine yet'}:\n\n{as_markdown(head, lines)}"
 
 
 def ablation_table(size):
-    """What each change to the base run does, over the seeds that both have. The base run: vit, or vit-1 if tiny."""
-    base_name = "vit-1" if size == "tiny" else "vit"
-    base, lines, shown, missing = finished_runs(size, base_name), [], [], []
-    for name, command in planned_rows(size, "ABLATIONS").items():
-        logs = finished_runs(size, name)
+    """What each single change does to the row that it is made to, over the seeds that both have."""
+    lines, shown, missing = [], [], []
+    for name, (base_name, command) in planned(size, "ABLATIONS").items():
+        logs, base = finished_runs(size, name), finished_runs(size, base_name)
         if not logs:
             missing.append(name)
             continue
         accuracy = {seed: 100 * log[-1]["test_accuracy"] for seed, log in logs.items()}
         gain = [value - 100 * base[seed][-1]["test_accuracy"] for seed, value in accuracy.items() if seed in base]
         start, seconds = next(iter(logs.values()))[0], statistics.mean(log[-1]["seconds"] for log in logs.values())
-        lines.append([name, mean_and_std(accuracy.values()), mean_and_std(gain, "+") if gain else "-", str(len(logs)),
-                      f"{start['forward_flops'] / 1e9:.3f}", f"{seconds:.0f}", f"`python {command} --size {size}`"])
+        lines.append([name, mean_and_std(accuracy.values()), mean_and_std(gain, "+") if gain else "-", base_name,
+                      str(len(gain)), f"{start['forward_flops'] / 1e9:.3f}", f"{seconds:.0f}",
+                      f"`python {command} --size {size}`"])
         shown += logs.values()
     if not lines:
         return ""
-    head = ["change", "accuracy, %", f"against {base_name}", "n", "GFLOP/image", "seconds", "command"]
+    head = ["change", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
     rest = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
     return f"\n{size}, single changes, on {machine_of(shown)}:\n\n{as_markdown(head, lines)}{rest}"
 

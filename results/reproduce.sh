@@ -3,8 +3,8 @@
 #
 # Without ROW, all of them. Each run leaves its log as results/SIZE/ROW-SEED.jsonl, and its weights in runs/. A log that
 # is there already is not made again, and a run that was stopped goes on, so this can be stopped and started at will.
-# --jobs runs so many side by side, whose seconds are then those of a shared machine (default: the seeds of a row on a
-# GPU, one on a CPU; there, give each its threads: OMP_NUM_THREADS=1 ... --jobs 2). $DATA_DIR says where CIFAR-10 lies.
+# --jobs N runs N side by side: in less time together, but the seconds of each are then those of a shared machine. On a
+# CPU, share out its cores: OMP_NUM_THREADS=1 results/reproduce.sh --jobs 2. $DATA_DIR says where CIFAR-10 lies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +15,7 @@ vit-basic          both  train.py --model vit --recipe basic --pool cls
 vit                both  train.py --model vit
 hybrid-builtin     both  train.py --model hybrid --encoder builtin
 hybrid             both  train.py --model hybrid
+hybrid-mixed       tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
 resnet18           both  train.py --model resnet18
 vit-distilled      both  distill.py --student vit
 hybrid-distilled   both  distill.py --student hybrid
@@ -23,105 +24,112 @@ vit-1-distilled    tiny  distill.py --student vit --epochs 1
 ROWS
 }
 
-# One change to a base run each: the row vit, and in tiny vit-1, whose `--epochs 1` these get as well.
+# name, sizes, the row that it differs from in one thing, command. In tiny, that of one epoch is meant, as is this.
 ablations() {
     cat <<'ABLATIONS'
-patch-2            both  train.py --model vit --patch-size 2
-patch-8            both  train.py --model vit --patch-size 8
-cls                both  train.py --model vit --pool cls
-gamma-none         both  train.py --model vit --gamma-init none
-gamma-1e-5         both  train.py --model vit --gamma-init 1e-5
-gamma-1e-2         both  train.py --model vit --gamma-init 1e-2
-gamma-0.1          both  train.py --model vit --gamma-init 0.1
-gamma-1e-4         tiny  train.py --model vit --gamma-init 1e-4
-gamma-1            base  train.py --model vit --gamma-init 1
-adamw-5e-4         both  train.py --model vit --optimizer adamw --lr 5e-4
-adamw-1e-3         tiny  train.py --model vit --optimizer adamw --lr 1e-3
-adamw-2e-3         both  train.py --model vit --optimizer adamw --lr 2e-3
-adamw-4e-3         both  train.py --model vit --optimizer adamw --lr 4e-3
-muon-0.005         both  train.py --model vit --optimizer muon --muon-lr 0.005
-muon-0.01          base  train.py --model vit --optimizer muon --muon-lr 0.01
-muon-0.02          both  train.py --model vit --optimizer muon --muon-lr 0.02
-basic              both  train.py --model vit --recipe basic
-basic-trivial      both  train.py --model vit --recipe basic --trivial 0.5
-basic-jitter       both  train.py --model vit --recipe basic --jitter 0.2
-basic-erasing      both  train.py --model vit --recipe basic --erasing 0.25
-basic-smoothing    base  train.py --model vit --recipe basic --label-smoothing 0.1
-basic-mixup        both  train.py --model vit --recipe basic --mixup 0.8
-basic-cutmix       both  train.py --model vit --recipe basic --cutmix 1
-basic-drop-path    both  train.py --model vit --recipe basic --drop-path 0.1
-basic-ema          base  train.py --model vit --recipe basic --ema 0.9995
-no-trivial         base  train.py --model vit --trivial 0
-no-jitter          base  train.py --model vit --jitter 0
-no-erasing         base  train.py --model vit --erasing 0
-no-smoothing       base  train.py --model vit --label-smoothing 0
-no-mixup           base  train.py --model vit --mixup 0
-no-cutmix          base  train.py --model vit --cutmix 0
-no-drop-path       base  train.py --model vit --drop-path 0
-drop-path-0.2      base  train.py --model vit --drop-path 0.2
-no-ema             base  train.py --model vit --ema 0
-epochs-50          base  train.py --model vit --epochs 50
-epochs-100         base  train.py --model vit --epochs 100
-temperature-1      both  distill.py --student vit --temperature 1
-temperature-4      both  distill.py --student vit --temperature 4
-alpha-0.5          both  distill.py --student vit --alpha 0.5
-alpha-1            both  distill.py --student vit --alpha 1
-hard               both  distill.py --student vit --hard
-distill-token      both  distill.py --student vit --distill-token
+patch-2            both  vit            train.py --model vit --patch-size 2
+patch-8            both  vit            train.py --model vit --patch-size 8
+cls                both  vit            train.py --model vit --pool cls
+gamma-none         both  vit            train.py --model vit --gamma-init none
+gamma-1e-5         both  vit            train.py --model vit --gamma-init 1e-5
+gamma-1e-4         tiny  vit            train.py --model vit --gamma-init 1e-4
+gamma-1e-2         both  vit            train.py --model vit --gamma-init 1e-2
+gamma-0.1          both  vit            train.py --model vit --gamma-init 0.1
+gamma-1            base  vit            train.py --model vit --gamma-init 1
+adamw-5e-4         both  vit            train.py --model vit --optimizer adamw --lr 5e-4
+adamw-1e-3         tiny  vit            train.py --model vit --optimizer adamw --lr 1e-3
+adamw-2e-3         both  vit            train.py --model vit --optimizer adamw --lr 2e-3
+adamw-4e-3         both  vit            train.py --model vit --optimizer adamw --lr 4e-3
+muon-0.005         both  vit            train.py --model vit --optimizer muon --muon-lr 0.005
+muon-0.01          base  vit            train.py --model vit --optimizer muon --muon-lr 0.01
+muon-0.02          both  vit            train.py --model vit --optimizer muon --muon-lr 0.02
+basic              both  vit            train.py --model vit --recipe basic
+basic-trivial      both  basic          train.py --model vit --recipe basic --trivial 0.5
+basic-jitter       both  basic          train.py --model vit --recipe basic --jitter 0.2
+basic-erasing      both  basic          train.py --model vit --recipe basic --erasing 0.25
+basic-smoothing    base  basic          train.py --model vit --recipe basic --label-smoothing 0.1
+basic-mixup        both  basic          train.py --model vit --recipe basic --mixup 0.8
+basic-cutmix       both  basic          train.py --model vit --recipe basic --cutmix 1
+basic-drop-path    both  basic          train.py --model vit --recipe basic --drop-path 0.1
+basic-ema          base  basic          train.py --model vit --recipe basic --ema 0.9995
+no-trivial         base  vit            train.py --model vit --trivial 0
+no-jitter          base  vit            train.py --model vit --jitter 0
+no-erasing         base  vit            train.py --model vit --erasing 0
+no-smoothing       base  vit            train.py --model vit --label-smoothing 0
+no-mixup           base  vit            train.py --model vit --mixup 0
+no-cutmix          base  vit            train.py --model vit --cutmix 0
+no-drop-path       base  vit            train.py --model vit --drop-path 0
+drop-path-0.2      base  vit            train.py --model vit --drop-path 0.2
+no-ema             base  vit            train.py --model vit --ema 0
+epochs-50          base  vit            train.py --model vit --epochs 50
+epochs-100         base  vit            train.py --model vit --epochs 100
+temperature-1      both  vit-distilled  distill.py --student vit --temperature 1
+temperature-4      both  vit-distilled  distill.py --student vit --temperature 4
+alpha-0.5          both  vit-distilled  distill.py --student vit --alpha 0.5
+alpha-1            both  vit-distilled  distill.py --student vit --alpha 1
+hard               both  vit-distilled  distill.py --student vit --hard
+distill-token      both  vit-distilled  distill.py --student vit --distill-token
 ABLATIONS
 }
 
-usage="usage: results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]"
-size=tiny seeds=1 jobs= wanted=()
+planned() {  # name and command of all that is run at the size
+    rows | awk -v size="$size" '$2 == size || $2 == "both" { $2 = ""; print }'
+    local short=; [ "$size" != tiny ] || short=" --epochs 1"
+    ablations | awk -v size="$size" -v short="$short" '$2 == size || $2 == "both" { $2 = $3 = ""; print $0 short }'
+}
+
+fail() { echo "error: $1" >&2; exit 2; }
+size=tiny seeds=1 jobs=1 wanted=()
 while [ $# -gt 0 ]; do
     case $1 in
-        --size) size=${2:?$usage}; shift 2 ;;
-        --seeds) seeds=${2:?$usage}; shift 2 ;;
-        --jobs) jobs=${2:?$usage}; shift 2 ;;
-        -*) echo "error: unknown option $1; $usage" >&2; exit 2 ;;
+        --size | --seeds | --jobs) [ $# -gt 1 ] || fail "$1 needs a value"; declare "${1#--}=$2"; shift 2 ;;
+        -*) fail "unknown option $1; usage: results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]" ;;
         *) wanted+=("$1"); shift ;;
     esac
 done
-case $size in tiny | base) ;; *) echo "error: --size is tiny or base, not $size" >&2; exit 2 ;; esac
-all=$({ rows; if [ $size = tiny ]; then ablations | sed 's/$/ --epochs 1/'; else ablations; fi; } |
-    awk -v size=$size '$2 == size || $2 == "both" { $2 = ""; print }')
+case $size in tiny | base) ;; *) fail "--size is tiny or base, not $size" ;; esac
+[[ $seeds =~ ^[1-9][0-9]*$ && $jobs =~ ^[1-9][0-9]*$ ]] || fail "--seeds and --jobs are whole numbers above 0"
 for row in ${wanted[@]+"${wanted[@]}"}; do  # an empty array is an error to older shells
-    echo "$all" | cut -d' ' -f1 | grep -qxF -- "$row" || {
-        echo "error: no row $row; choose from: $(echo "$all" | cut -d' ' -f1 | xargs)" >&2; exit 2; }
+    planned | cut -d' ' -f1 | grep -qxF -- "$row" || fail "no row $row; choose from: $(planned | cut -d' ' -f1 | xargs)"
 done
 
-run() {  # ROW SEED SCRIPT FLAGS...
-    local name=$1-$2 seed=$2 out=runs/reproduce-$size options=(--dataset cifar10)
-    local teacher=$out/resnet18-$seed/model.pt
+out=runs/reproduce-$size
+started=() names=()
+trap 'kill ${started[@]+"${started[@]}"} 2> /dev/null || :; wait; exit 130' INT TERM  # each saves what it has
+
+start() {  # NAME SEED SCRIPT FLAGS...: in the background
+    local name=$1 seed=$2 more=()
     shift 2
-    if [ -e "results/$size/$name.jsonl" ]; then
-        echo "$name: results/$size/$name.jsonl is there"
-        return
-    fi
-    if [ "$1" = distill.py ] && [ -e "$teacher" ]; then options+=(--teacher "$teacher"); fi
-    if [ -e "$out/$name/last.pt" ]; then options+=(--resume); elif [ -e "$out/$name" ]; then options+=(--overwrite); fi
-    python "$@" --size "$size" --seed "$seed" --name "$name" --out "$out" "${options[@]}"
-    cp "$out/$name/log.jsonl" "results/$size/$name.jsonl"
+    if [ "$1" = distill.py ]; then more+=(--teacher "$out/resnet18-$seed/model.pt"); fi
+    if [ -e "$out/$name/last.pt" ]; then more+=(--resume); elif [ -e "$out/$name" ]; then more+=(--overwrite); fi
+    python "$@" --size "$size" --seed "$seed" --name "$name" --out "$out" --dataset cifar10 ${more[@]+"${more[@]}"} \
+        < /dev/null &
+    started+=($!) names+=("$name")
+}
+
+finish() {  # wait until at most $1 runs are left, and keep the logs of the others
+    while [ ${#started[@]} -gt "$1" ]; do
+        wait "${started[0]}" || { wait; fail "the run ${names[0]} failed"; }
+        [ -e "results/$size/${names[0]}.jsonl" ] || cp "$out/${names[0]}/log.jsonl" "results/$size/${names[0]}.jsonl"
+        started=(${started[@]+"${started[@]:1}"}) names=(${names[@]+"${names[@]:1}"})
+    done
 }
 
 mkdir -p "results/$size"
-gpu=$(python -c "import torch; print(int(torch.cuda.is_available()))")
-if [ -z "$jobs" ]; then if [ "$gpu" = 1 ]; then jobs=$seeds; else jobs=1; fi; fi
-started=()
-trap 'kill "${started[@]}" 2> /dev/null; wait; exit 130' INT TERM  # each saves what it has
-finish() {  # wait until at most $1 runs are left
-    while [ ${#started[@]} -gt "$1" ]; do
-        wait "${started[0]}" || { wait; echo "error: a run failed" >&2; exit 1; }
-        started=(${started[@]+"${started[@]:1}"})
-    done
-}
 while read -r row command; do
     [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]-} " == *" $row "* ]] || continue
-    [[ $command != distill.py* ]] || finish 0  # its teacher may be among them
     for ((seed = 0; seed < seeds; seed++)); do
+        if [ -e "results/$size/$row-$seed.jsonl" ]; then
+            echo "$row-$seed: results/$size/$row-$seed.jsonl is there"
+            continue
+        fi
+        if [[ $command == distill.py* && ! -e $out/resnet18-$seed/model.pt ]]; then  # its teacher
+            finish 0
+            [ -e "$out/resnet18-$seed/model.pt" ] || start "resnet18-$seed" "$seed" train.py --model resnet18
+            finish 0
+        fi
         finish $((jobs - 1))
-        run "$row" "$seed" $command < /dev/null &
-        started+=($!)
+        start "$row-$seed" "$seed" $command
     done
-done <<< "$all"
+done <<< "$(planned)"
 finish 0

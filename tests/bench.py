@@ -2,8 +2,8 @@
 
     python tests/bench.py                      our models: images/s, the parts of a step, memory
     python tests/bench.py --peer torchvision   beside them torchvision's models, in the usual loop and in ours
-    python tests/bench.py --scaling            images/s and memory by batch size, patch size and depth
-    python tests/bench.py --traps              attention's kernels at 64 and 65 tokens; max-autotune; compiled DropPath
+    python tests/bench.py scaling              the ViT's images/s and memory by batch size, patch size and depth
+    python tests/bench.py traps                attention's kernels at 64 and 65 tokens; max-autotune; compiled DropPath
 
 Images/s are of whole training steps, augmentation included: the median over windows in which the contestants take
 turns, so that a processor that slows down slows all of them. The data set lies where train.py finds it.
@@ -16,7 +16,10 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -27,11 +30,12 @@ from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.benchmark import Timer
 from torchvision.transforms import v2
 
 import train
-from data import InputError, load_dataset, train_batches
-from model import Attention, DropPath, build_model
+from data import DATASETS, InputError, entropy, load_dataset, train_batches
+from model import Attention, DropPath
 
 PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
 
@@ -44,17 +48,13 @@ def wait(device):
         torch.cuda.synchronize()
 
 
-def matrix_rate(device, dtype=torch.bfloat16):
-    """Floating point operations a second of a large product of square matrices, the median of 20."""
-    n = 8192 if device == "cuda" else 2048
-    a, b, seconds = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), []
-    for _ in range(25):
-        wait(device)
-        start = time.perf_counter()
-        a @ b
-        wait(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds[5:])
+def matrix_rate(config):
+    """Floating point operations a second of a large product, in the precision of the config's autocast."""
+    n = 8192 if config.device == "cuda" else 2048
+    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[train.choose_amp(config)]
+    a, b = (torch.randn(n, n, device=config.device, dtype=dtype) for _ in range(2))
+    timer = Timer("a @ b", globals=dict(a=a, b=b), num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange(min_run_time=1).median
 
 
 class Marks:
@@ -72,32 +72,37 @@ class Marks:
         self.moments.append((part, moment))
 
     def shares(self):
-        """The share of each part in the time between the first and the last mark."""
+        """The share of each part in the time of all parts."""
         wait(self.device)
-        seconds = dict.fromkeys(PARTS, 0.0)
+        spent = dict.fromkeys(PARTS, 0.0)
         for (part, start), (_, end) in itertools.pairwise(self.moments):
-            if part in seconds:
-                seconds[part] += start.elapsed_time(end) if self.device == "cuda" else end - start
-        return {part: value / sum(seconds.values()) for part, value in seconds.items()}
+            if part in spent:
+                spent[part] += start.elapsed_time(end) if self.device == "cuda" else end - start
+        return {part: value / sum(spent.values()) for part, value in spent.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The contestants
 
 class Ours:
-    """Training steps as train.run makes them. `model`: another one in the place of the config's, with plain AdamW."""
+    """Training steps as train.run makes them. `model`: another one in the place of the config's, with AdamW alone."""
+
+    ready = 0  # batches that are prepared while others take their turn
 
     def __init__(self, config, dataset, model=None):
+        if config.batch_size > len(dataset.train_labels):
+            raise InputError(f"--batch-size {config.batch_size} is more than {dataset.name}'s training images")
         self.config = config
-        torch.manual_seed(0)
-        self.model = model or build_model(config.model, **train.model_options(config, len(dataset.classes)))
-        self.model = self.model.to(config.device, memory_format=torch.channels_last).train()
-        self.optimizers = ([torch.optim.AdamW(self.model.parameters(), fused=True)] if model
+        ours = train.make_model(config, dataset) if model is None else model
+        self.model = ours.to(config.device, memory_format=torch.channels_last).train()
+        self.optimizers = ([torch.optim.AdamW(model.parameters(), fused=True)] if model is not None
                            else train.make_optimizers(self.model, config))
         for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
             group["lr"] = 1e-5
-        self.averaged, self.weights = [p.clone() for p in train.float_state(self.model)], train.float_state(self.model)
+        self.weights = train.float_state(self.model) if config.ema else []
+        self.averaged = [value.clone() for value in self.weights]
         self.autocast = train.make_autocast(config)
+        self.scaler = torch.amp.GradScaler(config.device, enabled=train.choose_amp(config) == "fp16")
         if train.choose_compile(config):
             self.model.compile()
         recipe = ("crop", "trivial", "jitter", "erasing", "label_smoothing", "mixup", "cutmix")
@@ -112,13 +117,17 @@ class Ours:
         with self.autocast:
             logits = self.model(images)
         loss, _ = train.cross_entropy(logits.float(), targets, images)
+        self.curves = loss.detach(), entropy(targets)
         mark("backward")
-        loss.backward()
+        self.scaler.scale(loss).backward()
         mark("optimizer")
         if self.config.clip:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for optimizer in self.optimizers:
-            optimizer.step()
+            self.scaler.step(optimizer)
+        self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         mark("EMA")
         if self.config.ema:
@@ -130,7 +139,7 @@ class Pictures(torch.utils.data.Dataset):
     """A Dataset as torchvision hands one out: PIL images, one at a time."""
 
     def __init__(self, dataset, transform):
-        self.images = dataset.train_images.cpu().permute(0, 2, 3, 1).numpy()  # (N, S, S, C)
+        self.images = dataset.train_images.cpu().permute(0, 2, 3, 1).contiguous().numpy()  # (N, S, S, C)
         self.labels, self.transform = dataset.train_labels.tolist(), transform
 
     def __len__(self):
@@ -141,7 +150,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 class Usual:
-    """The loop that most people write: DataLoader with workers, torchvision's transforms, eager, AdamW, the same AMP."""
+    """The loop that most people write: a DataLoader with workers, torchvision's transforms, eager, the same AMP."""
 
     def __init__(self, config, dataset, model):
         self.config, self.model, K = config, model.to(config.device).train(), len(dataset.classes)
@@ -156,12 +165,12 @@ class Usual:
         mixing = ([v2.MixUp(alpha=config.mixup, num_classes=K)] if config.mixup else []) \
             + ([v2.CutMix(alpha=config.cutmix, num_classes=K)] if config.cutmix else [])
         self.mix = v2.RandomChoice(mixing) if mixing else None
-        workers = os.cpu_count()
+        workers = torch.get_num_threads()
         loader = torch.utils.data.DataLoader(Pictures(dataset, transform), config.batch_size, shuffle=True,
                                              num_workers=workers, drop_last=True, persistent_workers=True,
                                              pin_memory=config.device == "cuda")
         self.batches = itertools.chain.from_iterable(loader for _ in itertools.count())
-        self.ready = 2 * workers  # batches that the workers prepare while others take their turn
+        self.ready = 2 * workers
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
         self.autocast = train.make_autocast(config)
 
@@ -179,16 +188,14 @@ class Usual:
 
 
 def torchvision_model(config, num_classes):
-    """The config's model as torchvision has it: same shape (with a class token), same stem. None for a hybrid."""
-    options = train.model_options(config, num_classes)
+    """The config's ViT or ResNet-18 as torchvision has it: same shape (with a class token), same stem."""
     if config.model == "vit":
-        hidden = int(config.dim * options.get("mlp_ratio", 4))
-        return torchvision.models.VisionTransformer(32, config.patch_size, config.depth, config.heads, config.dim, hidden,
-                                                    num_classes=num_classes)
-    if config.model == "resnet18":
-        model = torchvision.models.resnet18(num_classes=num_classes)
-        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-        return model
+        hidden = int(config.dim * train.model_options(config, num_classes).get("mlp_ratio", 4))
+        return torchvision.models.VisionTransformer(32, config.patch_size, config.depth, config.heads, config.dim,
+                                                    hidden, num_classes=num_classes)
+    model = torchvision.models.resnet18(num_classes=num_classes)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,29 +203,25 @@ def torchvision_model(config, num_classes):
 
 def compare(contestants, device, windows, seconds):
     """{label: images/s, the median over the windows}, and {label: seconds of the first step}. Round about, in turns."""
-    first, speeds, count = {}, {label: [] for label in contestants}, {}
-    for label, loop in contestants.items():
-        start = time.perf_counter()
-        loop.step()
+    first, steps, speeds = {}, {}, {label: [] for label in contestants}
+
+    def clocked(loop, steps):
         wait(device)
-        first[label] = time.perf_counter() - start
-        for _ in range(getattr(loop, "ready", 2)):
+        start = time.perf_counter()
+        for _ in range(steps):
             loop.step()
         wait(device)
-        start = time.perf_counter()
-        loop.step()
-        wait(device)
-        count[label] = max(1, round(seconds / (time.perf_counter() - start)))
+        return time.perf_counter() - start
+
+    for label, loop in contestants.items():
+        first[label] = clocked(loop, 1)
+        clocked(loop, loop.ready + 2)
+        steps[label] = max(1, round((2 + loop.ready) * seconds / clocked(loop, 2 + loop.ready)))
     for _ in range(windows):
         for label, loop in contestants.items():
-            for _ in range(getattr(loop, "ready", 0)):  # what was prepared outside of the window does not count
-                loop.step()
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(count[label]):
-                loop.step()
-            wait(device)
-            speeds[label].append(count[label] * loop.config.batch_size / (time.perf_counter() - start))
+            pause = clocked(loop, loop.ready)  # what was prepared outside of the window does not count
+            speeds[label].append(steps[label] * loop.config.batch_size / clocked(loop, steps[label]))
+            time.sleep(2 * pause)  # until its workers have prepared the next ones, and leave the processor to others
     return {label: statistics.median(values) for label, values in speeds.items()}, first
 
 
@@ -230,78 +233,80 @@ def split(loop, device, seconds):
     return marks.shares()
 
 
-def alone(argv, steps):
-    """(images/s, peak bytes) of a few steps in a process of their own. None twice if the memory does not suffice."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(few_steps, (argv, steps))
+def alone(argv, windows, seconds):
+    """(images/s, peak bytes) of our loop in a process of its own; (None, None) if the memory does not suffice."""
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(in_own_process, argv, windows, seconds).result()
+    except BrokenProcessPool:  # the system ended it
+        return None, None
 
 
-def few_steps(argv, steps):
+def in_own_process(argv, windows, seconds):
     config = train.resolve(train.parse_config(argv=argv))
     try:
-        loop, seconds = Ours(config, load_dataset(config.dataset, config.data_dir).to(config.device)), []
-        for _ in range(steps + 2):
-            start = time.perf_counter()
-            loop.step()
-            wait(config.device)
-            seconds.append(time.perf_counter() - start)
-    except torch.OutOfMemoryError:
+        loop = Ours(config, load_dataset(config.dataset, config.data_dir).to(config.device))
+        speeds, _ = compare({"": loop}, config.device, windows, seconds)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
         return None, None
-    return config.batch_size / statistics.median(seconds[2:]), train.peak_memory(config.device)
+    return speeds[""], train.peak_memory(config.device)
+
+
+def flags_of(args, model, size, *more):
+    """The command line of train.py for a model of the benchmark."""
+    return ["--model", model, "--size", size, "--device", args.device, "--dataset", args.dataset, *more,
+            *(["--data-dir", args.data_dir] if args.data_dir else [])]
 
 
 def models(args):
     """One row for each model, and for each peer."""
-    dataset = load_dataset(args.dataset, args.data_dir)
-    rate, rows = matrix_rate(args.device), []
-    for name, size in [("vit", args.size), ("hybrid", args.size), ("resnet18", args.size), ("resnet18", "base")]:
-        if name not in args.models or (name, size) in [(row["model"], row["size"]) for row in rows]:
+    chosen = dict.fromkeys([(name, args.size) for name in args.models] + [("resnet18", "base")])  # each once
+    more = ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    dataset, rows = load_dataset(args.dataset, args.data_dir), []
+    K = len(dataset.classes)
+    for name, size in chosen:
+        if name not in args.models:
             continue
-        flags = ["--model", name, "--size", size, "--device", args.device, "--dataset", args.dataset,
-                 *(["--data-dir", args.data_dir] if args.data_dir else []),
-                 *(["--batch-size", str(args.batch_size)] if args.batch_size else [])]
-        config = train.resolve(train.parse_config(argv=flags))
-        on_device = dataset.to(config.device)
-        _, peak = alone(flags, 2)
-        options = train.model_options(config, len(dataset.classes))
-        flops = train.count_flops(name, options, dataset.train_images.shape[1:])
-        label = f"{name}, {size}"
+        argv, label = flags_of(args, name, size, *more), f"{name}, {size}"
+        config = train.resolve(train.parse_config(argv=argv))
+        on_device, rate = dataset.to(config.device), matrix_rate(config)
+        torch._dynamo.reset()
         contestants = {label: Ours(config, on_device)}
-        peer = torchvision_model(config, len(dataset.classes)) if (name, size) != ("resnet18", "tiny") else None
-        if args.peer and peer:
-            contestants[f"{label}: torchvision's, our loop"] = Ours(config, on_device, peer)
-            contestants[f"{label}: torchvision's, usual loop"] = Usual(config, dataset,
-                                                                       torchvision_model(config, len(dataset.classes)))
+        if args.peer and (name == "vit" or (name, size) == ("resnet18", "base")):
+            contestants |= {f"{label}: torchvision's, our loop": Ours(config, on_device, torchvision_model(config, K)),
+                            f"{label}: torchvision's, usual loop": Usual(config, dataset, torchvision_model(config, K))}
         speeds, first = compare(contestants, config.device, args.windows, args.seconds)
         shares = split(contestants[label], config.device, args.seconds)
-        for who, speed in speeds.items():
-            own = who == label
-            rows.append(dict(model=name, size=size, label=who, batch_size=config.batch_size, images_per_second=speed,
-                             times_slower=speeds[label] / speed, flops=flops, first_step_seconds=first[who],
-                             of_matrix_rate=3 * flops * speed / rate if own else None,
-                             peak_bytes=peak if own else None, shares=shares if own else None))
-            print(f"{who}: {speed:.0f} images/s", file=sys.stderr)
         del contestants
+        _, peak = alone(argv, 1, 0)
+        flops = 3 * train.count_flops(name, train.model_options(config, K), dataset.train_images.shape[1:])
+        for who, speed in speeds.items():
+            own = dict(training_flops=flops, of_matrix_rate=flops * speed / rate, peak_bytes=peak, shares=shares)
+            rows.append(dict(label=who, batch_size=config.batch_size, images_per_second=speed,
+                             times_slower=speeds[label] / speed, first_step_seconds=first[who],
+                             **(own if who == label else dict.fromkeys(own))))
+            print(f"{who}: {speed:.0f} images/s", file=sys.stderr)
     return dict(matrix_flops_per_second=rate, rows=rows)
 
 
 def scaling(args):
     """The ViT by batch size, patch size and depth, each in a process of its own."""
-    batch_sizes = (64, 256, 1024, 4096) if args.device == "cuda" else (64, 250, 1000)
-    depth = train.PRESETS["vit", args.size]["depth"]
+    config = train.resolve(train.parse_config(argv=flags_of(args, "vit", args.size)))
+    batch_sizes = (64, 256, 512, 1024, 4096) if args.device == "cuda" else (64, 250, 1000)
     points = ([("batch size", "--batch-size", value) for value in batch_sizes]
               + [("patch size", "--patch-size", value) for value in (2, 4, 8, 16)]
-              + [("depth", "--depth", value) for value in (depth // 2, depth, 2 * depth)])
-    rows = []
+              + [("depth", "--depth", value) for value in (config.depth // 2, config.depth, 2 * config.depth)])
+    rate, rows = matrix_rate(config), []
     for what, flag, value in points:
-        argv = ["--model", "vit", "--size", args.size, "--device", args.device, "--dataset", args.dataset,
-                *(["--data-dir", args.data_dir] if args.data_dir else []), flag, str(value)]
-        config = train.resolve(train.parse_config(argv=argv))
-        speed, peak = alone(argv, args.windows)
-        flops = train.count_flops("vit", train.model_options(config, 10), (3, 32, 32))
-        rows.append(dict(what=what, value=value, images_per_second=speed, peak_bytes=peak, flops=flops))
-        print(f"{what} {value}: {speed} images/s", file=sys.stderr)
-    return dict(matrix_flops_per_second=matrix_rate(args.device), rows=rows)
+        argv = flags_of(args, "vit", args.size, flag, str(value))
+        options = train.model_options(train.resolve(train.parse_config(argv=argv)), 10)
+        speed, peak = alone(argv, args.windows, args.seconds)
+        rows.append(dict(what=what, value=value, images_per_second=speed, peak_bytes=peak,
+                         training_flops=3 * train.count_flops("vit", options, (3, 32, 32))))
+        print(f"{what} {value}: {f'{speed:.0f} images/s' if speed else 'out of memory'}", file=sys.stderr)
+    return dict(matrix_flops_per_second=rate, rows=rows)
 
 
 def traps(args):
@@ -310,40 +315,45 @@ def traps(args):
     B, H, E = (512, 6, 64) if device == "cuda" else (250, 4, 64)
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
     for N in (64, 65):
-        q, k, v = (torch.randn(B, H, N, E, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        written_out = lambda: ((q * E**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+        qkv = torch.randn(B, N, 3, H, E, device=device, dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(B, H, N, E, device=device, dtype=torch.bfloat16)
+
+        def there_and_back(kernel):
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E) each, laid out as in the model
+            if kernel is None:
+                out = ((q * E**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
+            else:
+                with sdpa_kernel(kernel):
+                    out = F.scaled_dot_product_attention(q, k, v)
+            return torch.autograd.grad(out, qkv, grad)[0]
+
         for kernel in [*kernels, None]:
-            seconds = []
             try:
-                for _ in range(3 + args.windows):
-                    wait(device)
-                    start = time.perf_counter()
-                    if kernel is None:
-                        out = written_out()
-                    else:
-                        with sdpa_kernel(kernel):
-                            out = F.scaled_dot_product_attention(q, k, v)
-                    grads = torch.autograd.grad(out.float().square().sum(), (q, k, v))
-                    wait(device)
-                    seconds.append(time.perf_counter() - start)
-                outcome = f"{1000 * statistics.median(seconds[3:]):.2f} ms"
-                outcome += "" if all(g.isfinite().all() for g in grads) else ", NAN in the gradient"
-            except RuntimeError:
+                finite = there_and_back(kernel).isfinite().all()
+                timer = Timer("there_and_back(kernel)", globals=locals(), num_threads=torch.get_num_threads())
+                outcome = f"{1000 * timer.blocked_autorange(min_run_time=args.seconds).median:.2f} ms"
+                outcome += "" if finite else ", NAN in the gradient"
+            except torch.OutOfMemoryError:
+                outcome = "out of memory"
+            except RuntimeError:  # no available kernel
                 outcome = "not to be had"
             rows.append(dict(trap=f"attention there and back, {B} x {H} x {N} x {E}: "
                                   f"{kernel.name.lower() if kernel else 'written out'}", outcome=outcome))
     if device == "cuda":
-        attention = Attention(384, 6).to(device).train()
+        attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")
-        with torch.autocast(device, dtype=torch.bfloat16):
+        for _ in range(5):  # a CUDA graph is recorded in the second, and played back from the third
+            torch.compiler.cudagraph_mark_step_begin()
             x = torch.randn(1024, 64, 384, device=device, requires_grad=True)
-            grad, = torch.autograd.grad(attention(x).float().square().sum(), x)
-        rows.append(dict(trap="max-autotune, 1024 x 64 tokens", outcome="finite" if grad.isfinite().all() else "NAN"))
+            with torch.autocast(device, dtype=torch.bfloat16):
+                out = attention(x)
+            grads = torch.autograd.grad(out.float().square().sum(), [x, *attention.parameters()])
+            finite = finite and all(grad.isfinite().all() for grad in grads)
+        rows.append(dict(trap="max-autotune, 1024 x 64 tokens", outcome="finite" if finite else "NAN"))
     drop = DropPath(0.5).train()
     drop.compile()
-    out = drop(torch.ones(1000, 2, device=device))
-    kept = out[:, 0].mean().item() / 2
-    rows.append(dict(trap="a compiled DropPath of rate 0.5, 1000 images", outcome=f"keeps {kept:.3f} of them"))
+    kept = (drop(torch.ones(1000, 2, device=device))[:, 0] > 0).float().mean()
+    rows.append(dict(trap="a compiled DropPath of rate 0.5, 1000 images", outcome=f"keeps {kept:.1%} of them"))
     return dict(rows=rows)
 
 
@@ -352,50 +362,54 @@ def traps(args):
 
 def markdown(result):
     """The table of one result, as --json writes it."""
-    gigabytes = lambda row: f"{row['peak_bytes'] / 1e9:.2f}" if row["peak_bytes"] else "-"
-    percent = lambda value: f"{value:.0%}"
+    number = lambda value, form: "-" if value is None else format(value, form)
+    gigabytes = lambda row: number(row["peak_bytes"] and row["peak_bytes"] / 1e9, ".2f")
     if result["what"] == "models":
         head = ["model", "batch", "images/s", "times slower", "of the matrix rate", *PARTS, "peak GB", "first step, s"]
         lines = [[row["label"], row["batch_size"], f"{row['images_per_second']:,.0f}", f"{row['times_slower']:.2f}",
-                  percent(row["of_matrix_rate"]) if row["of_matrix_rate"] else "-",
-                  *(percent(row["shares"][part]) if row["shares"] else "-" for part in PARTS), gigabytes(row),
+                  number(row["of_matrix_rate"], ".0%"),
+                  *(number(row["shares"] and row["shares"][part], ".0%") for part in PARTS), gigabytes(row),
                   f"{row['first_step_seconds']:.1f}"] for row in result["rows"]]
     elif result["what"] == "scaling":
-        head = ["ViT", "GFLOP/image", "images/s", "of the matrix rate", "peak GB"]
-        lines = [[f"{row['what']} {row['value']}", f"{row['flops'] / 1e9:.3f}",
-                  *([f"{row['images_per_second']:,.0f}",
-                     percent(3 * row["flops"] * row["images_per_second"] / result["matrix_flops_per_second"])]
-                    if row["images_per_second"] else ["out of memory", "-"]), gigabytes(row)] for row in result["rows"]]
+        head = ["ViT", "GFLOP/training image", "images/s", "of the matrix rate", "peak GB"]
+        share = lambda row: row["training_flops"] * row["images_per_second"] / result["matrix_flops_per_second"]
+        lines = [[f"{row['what']} {row['value']}", f"{row['training_flops'] / 1e9:.2f}",
+                  *([f"{row['images_per_second']:,.0f}", f"{share(row):.0%}"] if row["images_per_second"]
+                    else ["out of memory", "-"]), gigabytes(row)] for row in result["rows"]]
     else:
         head, lines = ["trap", "outcome"], [[row["trap"], row["outcome"]] for row in result["rows"]]
-    lines = [head, ["---"] * len(head), *lines]
-    rate = (f", a large bf16 product runs at {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s"
+    rate = (f"; a large product runs at {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s"
             if "matrix_flops_per_second" in result else "")
-    return (f"On {result['machine']}, torch {result['torch']}{rate}:\n\n"
-            + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines))
+    return (f"On {result['machine']}, torch {result['torch']}, {result['amp']}, "
+            f"{'compiled' if result['compiled'] else 'not compiled'}{rate}:\n\n"
+            + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in [head, ["---"] * len(head), *lines]))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("models", "scaling", "traps"), default="models")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("tiny", "base"), help="default: base on a GPU, tiny on a CPU")
-    parser.add_argument("--peer", choices=("torchvision",))
-    parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--traps", action="store_true")
+    parser.add_argument("--peer", choices=("torchvision",), help="of the models")
     parser.add_argument("--models", nargs="+", choices=tuple(train.MODELS), default=list(train.MODELS))
-    parser.add_argument("--batch-size", type=int, help="default: the preset's")
-    parser.add_argument("--windows", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, help="of the models (default: the preset's)")
+    parser.add_argument("--windows", type=int, default=5, help="to take the median of (default: 5)")
     parser.add_argument("--seconds", type=float, default=5, help="of a window, about (default: 5)")
-    parser.add_argument("--dataset", default="auto")
+    parser.add_argument("--dataset", default="auto", choices=DATASETS)
     parser.add_argument("--data-dir")
     parser.add_argument("--json", metavar="FILE", help="keep the result")
     args = parser.parse_args(argv)
     args.size = args.size or ("base" if args.device == "cuda" else "tiny")
-    measure = scaling if args.scaling else traps if args.traps else models
-    try:
-        result = dict(what=measure.__name__, **train.describe_machine(args.device), **measure(args))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    train.use_fast_kernels()
+    with tempfile.TemporaryDirectory() as empty:  # so that the first step compiles, and does not find it done
+        os.environ.update(TORCHINDUCTOR_CACHE_DIR=empty, TRITON_CACHE_DIR=empty)
+        try:
+            config = train.resolve(train.parse_config(argv=flags_of(args, "vit", args.size)))
+            result = dict(what=args.what, amp=train.choose_amp(config), compiled=train.choose_compile(config),
+                          commit=train.git_commit(), arguments=vars(args), **train.describe_machine(args.device),
+                          **dict(models=models, scaling=scaling, traps=traps)[args.what](args))
+        except InputError as error:
+            sys.exit(f"error: {error}")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)

@@ -317,7 +317,8 @@ def test_train_batches_depend_on_seed_epoch_step_only():
     """Any random state before, and any first step, lead to the same bits with everything on; seeds, epochs differ."""
     small = data.load_shapes(num_train=70, num_test=10)
     run = lambda epoch=2, seed=5, first_step=0: list(data.train_batches(
-        small, epoch, 16, seed, first_step, trivial=0.7, jitter=0.3, erasing=0.5, label_smoothing=0.1, mixup=0.8, cutmix=1.0))
+        small, epoch, 16, seed, first_step, trivial=0.7, jitter=0.3, erasing=0.5, label_smoothing=0.1,
+        mixup=0.8, cutmix=1.0))
     whole = run()
     for step in (0, 1, 3, 4):
         torch.manual_seed(step)

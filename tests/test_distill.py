@@ -175,8 +175,8 @@ def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_
     for load in (load_teacher, shuffled):
         monkeypatch.setattr(distill, "load_teacher", load)
         flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--student", "hybrid",
-                 "--batch-size", "25", "--epochs", "1", "--alpha", "1", "--teacher", str(teacher), "--out", str(tmp_path),
-                 "--overwrite"]
+                 "--batch-size", "25", "--epochs", "1", "--alpha", "1", "--teacher", str(teacher), "--overwrite",
+                 "--out", str(tmp_path)]
         accuracy.append(distill.start(train.parse_config(distill.Config, flags)))
     assert accuracy[0] > accuracy[1] + 0.2
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
         choice = model(images).argmax(1)
         both = (model(images).softmax(1) + model(images.flip(3)).softmax(1)).argmax(1)
     accuracy = [float(found) for found in re.findall(r"accuracy ([\d.]+)", out)]
-    assert accuracy == [pytest.approx((c == shapes.test_labels).float().mean().item(), abs=0.0015) for c in (choice, both)]
+    expected = [(c == shapes.test_labels).float().mean().item() for c in (choice, both)]
+    assert accuracy == pytest.approx(expected, abs=0.0015)
     rows = [list(map(int, line.split()[2:])) for line in out.splitlines()[-10:]]
     assert sum(map(sum, rows)) == 1000
     assert sum(rows[k][k] for k in range(10)) == pytest.approx(1000 * accuracy[0], abs=0.6)
@@ -134,8 +136,8 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, runs, arguments, 
 # ---- The table
 
 def write_log(path, accuracy, machine="a machine"):
-    start = dict(event="start", machine=machine, torch="2.9.0", amp="bf16", parameters=2_000_000, forward_flops=5 * 10**8,
-                 config=dict(epochs=3), data=dict(name="cifar10"))
+    start = dict(event="start", machine=machine, torch="2.9.0", amp="bf16", parameters=2_000_000,
+                 forward_flops=5 * 10**8, config=dict(epochs=3), data=dict(name="cifar10"))
     end = dict(event="end", test_accuracy=accuracy, seconds=100.4, images_per_second=50.0, peak_memory_bytes=2 * 10**9)
     path.write_text("".join(json.dumps(line) + "\n" for line in (start, end)))
 
@@ -148,67 +150,117 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     write_log(tmp_path / "results" / "tiny" / "vit-1.jsonl", 0.82)
     write_log(tmp_path / "results" / "tiny" / "vit-basic-0.jsonl", 0.7)
     write_log(tmp_path / "results" / "tiny" / "vit-1-0.jsonl", 0.5)  # not a seed of vit
-    (tmp_path / "results" / "tiny" / "hybrid-0.jsonl").write_text('{"event": "start"}\n{"event": "epoch"}\n')  # unfinished
+    unfinished = '{"event": "start"}\n{"event": "epoch"}\n'
+    (tmp_path / "results" / "tiny" / "hybrid-0.jsonl").write_text(unfinished)
     rows = {line.split(" | ")[0].strip("| "): line for line in show.markdown_table("tiny").splitlines() if "|" in line}
-    assert "| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | `python train.py --model vit --size tiny` |" in rows["vit"]
+    assert rows["vit"].endswith("| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | "
+                                "`python train.py --model vit --size tiny` |")
     assert "| 70.00 | 1 |" in rows["vit-basic"]
     assert "not run" in rows["hybrid"] and "not run" in rows["resnet18"]
     assert "a machine, torch 2.9.0, bf16" in show.markdown_table("tiny")
     assert "not run yet" in show.markdown_table("base")
 
 
-def test_ablations_are_measured_against_the_base_run_seed_by_seed(tmp_path, monkeypatch):
+def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_path, monkeypatch):
     (tmp_path / "results" / "tiny").mkdir(parents=True)
     (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
     monkeypatch.setattr(show, "ROOT", str(tmp_path))
     assert show.ablation_table("tiny") == ""
-    for name, accuracy in (("vit-1-0", 0.5), ("vit-1-1", 0.6), ("vit-1-2", 0.1), ("patch-8-0", 0.52), ("patch-8-1", 0.64)):
+    for name, accuracy in (("vit-1-0", 0.5), ("vit-1-1", 0.6), ("patch-8-0", 0.52), ("patch-8-1", 0.64),
+                           ("patch-8-2", 0.7), ("vit-1-distilled-0", 0.7), ("hard-0", 0.65), ("alpha-1-3", 0.5)):
         write_log(tmp_path / "results" / "tiny" / f"{name}.jsonl", accuracy)
     table = show.ablation_table("tiny")
-    assert ("| patch-8 | 58.00 ± 8.49 | +3.00 ± 1.41 | 2 | 0.500 | 100 | "
+    assert ("| patch-8 | 62.00 ± 9.17 | +3.00 ± 1.41 | vit-1 | 2 | 0.500 | 100 | "
             "`python train.py --model vit --patch-size 8 --epochs 1 --size tiny` |") in table
-    assert "against vit-1 |" in table and "Not run: patch-2, cls," in table
+    assert "| hard | 65.00 | -5.00 | vit-1-distilled | 1 |" in table
+    assert "| alpha-1 | 50.00 | - | vit-1-distilled | 0 |" in table and "Not run: patch-2, cls," in table
 
 
 @pytest.mark.parametrize("size", ["tiny", "base"])
-def test_every_row_is_a_command_that_parses_and_changes_something(size):
+def test_every_row_is_a_command_that_parses_and_every_ablation_changes_its_base(size):
     import distill
-    base = vars(train.resolve(train.parse_config(train.Config, ["--size", size])))
-    for part in ("ROWS", "ABLATIONS"):
-        for name, command in show.planned_rows(size, part).items():
-            script, *flags = command.split()
-            config_class = {"train.py": train.Config, "distill.py": distill.Config}[script]
-            config = vars(train.resolve(train.parse_config(config_class, [*flags, "--size", size])))
-            if part == "ABLATIONS":
-                same = ("epochs", "name") if size == "tiny" else ("name",)
-                assert script == "distill.py" or any(base[k] != config[k] for k in base if k not in same), name
-                assert config["epochs"] == 1 or size == "base"
+
+    def config(command):
+        script, *flags = command.split()
+        config_class = {"train.py": train.Config, "distill.py": distill.Config}[script]
+        settings = train.resolve(train.parse_config(config_class, [*flags, "--size", size]))
+        return {key: value for key, value in vars(settings).items() if key != "name"}
+    rows, changes = show.planned(size), show.planned(size, "ABLATIONS")
+    commands = rows | {name: command for name, (_, command) in changes.items()}
+    for name, command in commands.items():
+        assert config(command), name
+    for name, (base, command) in changes.items():
+        before, after = config(commands[base]), config(command)
+        assert before.keys() == after.keys() and before != after, name
+        assert size == "base" or before["epochs"] == after["epochs"] == 1
 
 
-def test_reproduce_runs_a_row_once_and_goes_on_from_a_stop(tmp_path):
-    """With a stand-in for python: the script's own work is to choose, to name, to skip and to copy."""
+FAKE_PYTHON = """#!/usr/bin/env bash
+echo "$@" >> calls
+while [ $# -gt 0 ]; do case $1 in --name) name=$2;; --out) out=$2;; esac; shift; done
+mkdir -p "$out/$name"
+trap 'sleep 0.5; echo saved > "$out/$name/last.pt"; exit 143' TERM
+[ ! -e slow ] || { touch running; for i in $(seq 300); do sleep 0.1; done; }
+[ "$name" != hybrid-0 ] || exit 1
+echo "{}" > "$out/$name/log.jsonl"
+touch "$out/$name/model.pt"
+"""
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """reproduce.sh with a stand-in for python: its own work is to choose, to name, to skip and to copy."""
     (tmp_path / "results").mkdir()
-    script = tmp_path / "results" / "reproduce.sh"
-    script.write_text((ROOT / "results" / "reproduce.sh").read_text())
     (tmp_path / "bin").mkdir()
-    fake = tmp_path / "bin" / "python"
-    fake.write_text('#!/usr/bin/env bash\nif [ "$1" = -c ]; then echo 0; exit; fi\necho "$@" >> calls\n'
-                    'while [ $# -gt 0 ]; do case $1 in --name) name=$2;; --out) out=$2;; esac; shift; done\n'
-                    'mkdir -p "$out/$name"; echo "{}" > "$out/$name/log.jsonl"\n')
+    script, fake = tmp_path / "results" / "reproduce.sh", tmp_path / "bin" / "python"
+    script.write_text((ROOT / "results" / "reproduce.sh").read_text())
+    fake.write_text(FAKE_PYTHON)
     fake.chmod(0o755)
-    start = lambda *arguments: subprocess.run(["bash", script, *arguments], env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"},
-                                              capture_output=True, text=True)
+    return lambda *arguments: subprocess.Popen(["bash", script, *arguments], stderr=subprocess.PIPE, text=True,
+                                               env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
+
+
+def test_reproduce_runs_a_row_once_and_goes_on_from_a_stop(tmp_path, reproduce):
+    calls = lambda: (tmp_path / "calls").read_text().splitlines()
     stopped = tmp_path / "runs" / "reproduce-tiny" / "vit-1"
     stopped.mkdir(parents=True)
     (stopped / "last.pt").touch()
-    assert start("--seeds", "2", "vit", "resnet18").returncode == 0
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 4 and calls[0] == ("train.py --model vit --size tiny --seed 0 --name vit-0 "
-                                            "--out runs/reproduce-tiny --dataset cifar10")
-    assert calls[1].endswith("--resume") and "resnet18" in calls[3]
+    assert reproduce("--seeds", "2", "vit", "resnet18").wait() == 0
+    assert len(calls()) == 4 and calls()[0] == ("train.py --model vit --size tiny --seed 0 --name vit-0 "
+                                                "--out runs/reproduce-tiny --dataset cifar10")
+    assert calls()[1].endswith("--resume") and "resnet18" in calls()[3]
     assert {p.name for p in (tmp_path / "results" / "tiny").iterdir()} == {
         "vit-0.jsonl", "vit-1.jsonl", "resnet18-0.jsonl", "resnet18-1.jsonl"}
-    assert start("--seeds", "2", "vit").returncode == 0 and len((tmp_path / "calls").read_text().splitlines()) == 4
-    for wrong in (["vgg"], ["--size", "huge"], ["--sedes", "2"]):
-        result = start(*wrong)
-        assert result.returncode == 2 and result.stderr.startswith("error: ")
+    assert reproduce("--seeds", "2", "vit").wait() == 0 and len(calls()) == 4
+    for wrong in (["vgg"], ["--size", "huge"], ["--sedes", "2"], ["--seeds", "0"], ["--jobs"]):
+        process = reproduce(*wrong)
+        assert process.wait() == 2 and process.stderr.read().startswith("error: ")
+
+
+def test_reproduce_runs_ablations_side_by_side_and_a_teacher_before_its_students(tmp_path, reproduce):
+    assert reproduce("--jobs", "3", "hard", "patch-8", "cls").wait() == 0
+    *others, teacher, student = (tmp_path / "calls").read_text().splitlines()
+    assert sorted(others) == [
+        f"train.py --model vit {flag} --epochs 1 --size tiny --seed 0 --name {name}-0 --out runs/reproduce-tiny "
+        "--dataset cifar10" for flag, name in (("--patch-size 8", "patch-8"), ("--pool cls", "cls"))]
+    assert "--model resnet18" in teacher and "--epochs" not in teacher
+    assert student.startswith("distill.py --student vit --hard --epochs 1 ")
+    assert student.endswith("--teacher runs/reproduce-tiny/resnet18-0/model.pt")
+    assert {p.name for p in (tmp_path / "results" / "tiny").iterdir()} == {
+        "hard-0.jsonl", "patch-8-0.jsonl", "cls-0.jsonl", "resnet18-0.jsonl"}
+
+
+def test_reproduce_says_which_run_failed(tmp_path, reproduce):
+    process = reproduce("hybrid", "resnet18")
+    assert process.wait() != 0 and "hybrid-0 failed" in process.stderr.read()
+    assert not list((tmp_path / "results" / "tiny").iterdir())
+
+
+def test_reproduce_waits_until_a_stopped_run_has_saved(tmp_path, reproduce):
+    (tmp_path / "slow").touch()
+    process = reproduce("vit")
+    while not (tmp_path / "running").exists():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 130
+    assert (tmp_path / "runs" / "reproduce-tiny" / "vit-0" / "last.pt").read_text() == "saved\n"
