@@ -12,6 +12,7 @@ Letters in the shape comments:
     C  channels, as they enter      D  width of a token                      E  width of one head, D / H
     S  side of a square image       M  width of the MLP's hidden layer       K  classes
     P  side of a square patch       O  channels, as they leave               R  side of a feature map, as it leaves
+    T  tokens in front of the image's, for its class and for a teacher's: 1 or 2
 """
 
 import torch
@@ -212,10 +213,10 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, N+1, D), or N+2 with "distill"
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, T+N, D)
         x = self.norm(self.blocks(x + self.pos_embed))
         if self.pool == "distill":
-            return x[:, :2]  # (B, 2, D)
+            return x[:, :2]  # (B, T, D)
         return x[:, 0] if self.pool == "cls" else x.mean(dim=1)  # (B, D)
 
 

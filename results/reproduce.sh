@@ -93,14 +93,14 @@ for row in ${wanted[@]+"${wanted[@]}"}; do  # an empty array is an error to olde
     planned | cut -d' ' -f1 | grep -qxF -- "$row" || fail "no row $row; choose from: $(planned | cut -d' ' -f1 | xargs)"
 done
 
-out=runs/reproduce-$size
+out=runs/reproduce-$size teacher=runs/reproduce-$size/resnet18-0/model.pt  # one teacher for all seeds
 started=() names=()
 trap 'kill ${started[@]+"${started[@]}"} 2> /dev/null || :; wait; exit 130' INT TERM  # each saves what it has
 
 start() {  # NAME SEED SCRIPT FLAGS...: in the background
     local name=$1 seed=$2 more=()
     shift 2
-    if [ "$1" = distill.py ]; then more+=(--teacher "$out/resnet18-$seed/model.pt"); fi
+    if [ "$1" = distill.py ]; then more+=(--teacher "$teacher"); fi
     if [ -e "$out/$name/last.pt" ]; then more+=(--resume); elif [ -e "$out/$name" ]; then more+=(--overwrite); fi
     python "$@" --size "$size" --seed "$seed" --name "$name" --out "$out" --dataset cifar10 ${more[@]+"${more[@]}"} \
         < /dev/null &
@@ -123,9 +123,9 @@ while read -r row command; do
             echo "$row-$seed: results/$size/$row-$seed.jsonl is there"
             continue
         fi
-        if [[ $command == distill.py* && ! -e $out/resnet18-$seed/model.pt ]]; then  # its teacher
-            finish 0
-            [ -e "$out/resnet18-$seed/model.pt" ] || start "resnet18-$seed" "$seed" train.py --model resnet18
+        if [[ $command == distill.py* && ! -e $teacher ]]; then
+            finish 0  # it may be among them
+            [ -e "$teacher" ] || start resnet18-0 0 train.py --model resnet18
             finish 0
         fi
         finish $((jobs - 1))

@@ -263,13 +263,15 @@ def flags_of(args, model, size, *more):
 def models(args):
     """One row for each model, and for each peer."""
     chosen = dict.fromkeys([(name, args.size) for name in args.models] + [("resnet18", "base")])  # each once
-    more = ["--batch-size", str(args.batch_size)] if args.batch_size else []
     dataset, rows = load_dataset(args.dataset, args.data_dir), []
     K = len(dataset.classes)
     for name, size in chosen:
         if name not in args.models:
             continue
-        argv, label = flags_of(args, name, size, *more), f"{name}, {size}"
+        # torchvision has the full ResNet-18 alone: on a CPU in small batches, or a step would take many seconds.
+        batch_size = args.batch_size or (None if size == args.size else 125)
+        argv = flags_of(args, name, size, *(["--batch-size", str(batch_size)] if batch_size else []))
+        label = f"{name}, {size}"
         config = train.resolve(train.parse_config(argv=argv))
         on_device, rate = dataset.to(config.device), matrix_rate(config)
         torch._dynamo.reset()

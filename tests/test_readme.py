@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import bench
 import distill
 import show
 import train
@@ -50,6 +51,14 @@ def test_the_generated_table_is_current():
     found = re.search(r"<!-- table -->\n(.*)<!-- end of table -->", README, re.DOTALL)[1]
     assert found.strip() == "\n".join(
         show.markdown_table(size) + show.ablation_table(size) for size in ("tiny", "base")).strip()
+
+
+def test_the_tables_of_the_benchmark_are_current():
+    results = sorted((ROOT / "results").glob("bench-*.json"))
+    assert results
+    for path in results:
+        found = re.search(rf"<!-- {path.name} -->\n(.*?)<!-- end of {path.name} -->", README, re.DOTALL)[1]
+        assert found == bench.markdown(json.loads(path.read_text())), path.name
 
 
 def test_the_copied_component_runs_as_shown():
