@@ -285,18 +285,21 @@ def finished_runs(size, name):
     return logs
 
 
-def machine_of(logs):
-    """The machines, versions and precisions of these logs, each once."""
-    return "; ".join(sorted({f"{log[0]['machine']}, torch {log[0]['torch']}, {log[0]['amp']}" for log in logs}))
-
-
 def mean_and_std(values, sign=""):
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
-def as_markdown(head, lines):
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+def as_markdown(title, head, lines, logs):
+    """A table with what it was measured on, the machines of {row: its logs}: that of most rows first, others below."""
+    machines = {}
+    for name, runs in logs.items():
+        machine = "; ".join(sorted({f"{log[0]['machine']}, torch {log[0]['torch']}, {log[0]['amp']}" for log in runs}))
+        machines.setdefault(machine, []).append(name)
+    first, *others = sorted(machines, key=lambda machine: -len(machines[machine])) or ["no machine yet"]
+    table = "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
+    notes = "".join(f"\n{', '.join(machines[other])}: on {other}.\n" for other in others)
+    return f"{title}, on {first}:\n\n{table}{notes}"
 
 
 def markdown_table(size):
@@ -305,7 +308,7 @@ def markdown_table(size):
             "peak GB", "command"]
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
         return f"{size}: not run yet; `results/reproduce.sh --size {size} --seeds 3` makes this table.\n"
-    lines, shown = [], []
+    lines, shown = [], {}
     for name, command in planned(size).items():
         logs = list(finished_runs(size, name).values())
         command = f"`python {command} --size {size}`"
@@ -317,13 +320,13 @@ def markdown_table(size):
                       f"{start['parameters'] / 1e6:.2f}", f"{start['forward_flops'] / 1e9:.3f}",
                       str(start["config"]["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
                       f"{mean('peak_memory_bytes') / 1e9:.2f}", command])
-        shown += logs
-    return f"{size}, on {machine_of(shown) or 'no machine yet'}:\n\n{as_markdown(head, lines)}"
+        shown[name] = logs
+    return as_markdown(size, head, lines, shown)
 
 
 def ablation_table(size):
     """What each single change does to the row that it is made to, over the seeds that both have."""
-    lines, shown, missing = [], [], []
+    lines, shown, missing = [], {}, []
     for name, (base_name, command) in planned(size, "ABLATIONS").items():
         logs, base = finished_runs(size, name), finished_runs(size, base_name)
         if not logs:
@@ -335,12 +338,12 @@ def ablation_table(size):
         lines.append([name, mean_and_std(accuracy.values()), mean_and_std(gain, "+") if gain else "-", base_name,
                       str(len(gain)), f"{start['forward_flops'] / 1e9:.3f}", f"{seconds:.0f}",
                       f"`python {command} --size {size}`"])
-        shown += logs.values()
+        shown[name] = logs.values()
     if not lines:
         return ""
     head = ["change", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
     rest = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
-    return f"\n{size}, single changes, on {machine_of(shown)}:\n\n{as_markdown(head, lines)}{rest}"
+    return "\n" + as_markdown(f"{size}, single changes", head, lines, shown) + rest
 
 
 def table(args):
