@@ -38,7 +38,7 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        # A product and not an `if` per image: the branch is computed all the same, and no shape depends on the draw.
+        # A product and not an index: the branch is computed all the same, so that no shape depends on the draw.
         return x * keep.to(x.dtype) / (1 - self.rate)
 
     def extra_repr(self):
@@ -80,12 +80,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, H, E)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E)
         # The fused kernel never writes the N x N weights to memory, and never gets a mask: there is nothing to hide.
-        # Its backward pass is slow on CPUs, where training takes the explicit path: 116 ms against 178 ms there and
-        # back, for 250 images of 64 tokens of width 256 in bf16 on two cores of an AMD EPYC.
+        # Its backward pass is slow on CPUs, so training there takes the explicit path: 22 ms against 102 ms forward and
+        # backward, for 250 images of 64 tokens of width 256 in bf16 (README, "Speed").
         if not return_weights and (x.device.type != "cpu" or not self.training):
             out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
         else:
-            # The root of the head's width, not of the model's: q . k of unit-variance vectors has variance E.
+            # The root of the head's width E, not of D: q . k has variance E if the entries have variance 1.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
             weights = scores.softmax(dim=-1)
             out = weights.to(v.dtype) @ v  # (B, H, N, E)
@@ -261,8 +261,8 @@ class ViT(nn.Module):
 
     def forward(self, images):
         x = self.patch_embed(images)  # (B, (S/P)**2, D)
-        x = self.encoder(x)  # (B, D)
-        return self.head(x)  # (B, K)
+        x = self.encoder(x)  # (B, D), or (B, 2, D) with pool="distill"
+        return self.head(x)  # (B, K), or (B, 2, K) in training with pool="distill"
 
 
 class BasicBlock(nn.Module):
@@ -398,10 +398,11 @@ class Hybrid(nn.Module):
         x = self.trunk(images)  # (B, O, R, R)
         x = x.flatten(2).transpose(1, 2)  # (B, R*R, O)
         x = self.proj(x)  # (B, R*R, D)
-        x = self.encoder(x)  # (B, D)
-        return self.head(x)  # (B, K)
+        x = self.encoder(x)  # (B, D), or (B, 2, D) with pool="distill"
+        return self.head(x)  # (B, K), or (B, 2, K) in training with pool="distill"
 
 
+# Each has a `head`, and a `trunk` or a `patch_embed`, by which train.py finds the layers at both ends.
 MODELS = {"vit": ViT, "hybrid": Hybrid, "resnet18": ResNet18}
 
 

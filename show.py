@@ -35,7 +35,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 # Pictures
 
 def save_grid(rows, titles, captions, path, scale=3):
-    """Write a PNG: rows of pictures, float (n, 3, S, S), 0 to 1, each row with a title and each picture with a caption."""
+    """Write a PNG: rows of pictures, float (n, 3, S, S), 0 to 1, a title for each row, a caption for each picture."""
     S, left, below = IMAGE_SIZE * scale, 120, 24
     canvas = Image.new("RGB", (left + (S + 4) * max(map(len, rows)), (S + below) * len(rows)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -68,16 +68,16 @@ def augment(args):
         mean = dataset.mean  # erasing paints what normalisation makes 0
         yield "as it is", images, targets
         yield f"crop {preset['crop']} and flip", data.crop_and_flip(images, preset["crop"]), targets
-        yield "TrivialAugment", data.trivial_augment(images, 1.0), targets
+        yield "TrivialAugment on all", data.trivial_augment(images, 1.0), targets
         yield f"jitter {preset['jitter']}", data.color_jitter(images, preset["jitter"]), targets
-        yield "erasing", data.random_erasing(images - mean, 1.0) + mean, targets
+        yield "erasing on all", data.random_erasing(images - mean, 1.0) + mean, targets
         yield f"Mixup {preset['mixup']}", *data.mix_up(images, targets, preset["mixup"])
         yield f"CutMix {preset['cutmix']}", *data.cut_mix(images, targets, preset["cutmix"])
         recipe = {name: preset[name] for name in ("crop", "trivial", "jitter", "erasing", "mixup", "cutmix")}
         few = dataclasses.replace(dataset, train_images=dataset.train_images[: args.count],
                                   train_labels=dataset.train_labels[: args.count])
-        batch, mixed = next(data.train_batches(few, args.seed, len(images), args.seed, **recipe))
-        yield "all, in any order", batch * dataset.std + mean, mixed
+        batch, mixed = next(data.train_batches(few, epoch=0, batch_size=len(images), seed=args.seed, **recipe))
+        yield "all together, shuffled", batch * dataset.std + mean, mixed
 
     titles, pictures, labels = zip(*rows())
     save_grid(pictures, titles, [[label(target) for target in row] for row in labels], args.out or "augment.png")
@@ -115,7 +115,7 @@ def attention(args):
     dataset = load_for(about, args)
     pixels = dataset.test_images[: args.count].float() / 255  # (B, 3, S, S)
     weights = attention_weights(model, (pixels - about["mean"]) / about["std"])  # (L, B, H, N, N)
-    extra = {"mean": 0, "cls": 1, "distill": 2}[model.encoder.pool]
+    extra = 0 if model.encoder.cls_token is None else model.encoder.cls_token.shape[1]
 
     def light(looks):
         """Pictures lit by how much each patch is looked at: looks (B, N, N), from every token to every token."""
@@ -163,7 +163,7 @@ def curves(args):
 def load_trained(args):
     """The model of --model, or the newest in runs/, with the rest of its file; see train.load_model."""
     if not args.model:
-        found = glob.glob(os.path.join("runs", "*", "model.pt"))
+        found = glob.glob(os.path.join("runs", "**", "model.pt"), recursive=True)
         if not found:
             raise InputError("there is no model.pt in runs/: train one, or name one with --model")
         args.model = max(found, key=os.path.getmtime)
@@ -291,7 +291,7 @@ def mean_and_std(values, sign=""):
 
 
 def as_markdown(title, head, lines, logs):
-    """A table with what it was measured on, the machines of {row: its logs}: that of most rows first, others below."""
+    """A Markdown table under the machine of most rows; the others are listed below it. logs: {row: its logs}."""
     machines = {}
     for name, runs in logs.items():
         machine = "; ".join(sorted({f"{log[0]['machine']}, torch {log[0]['torch']}, {log[0]['amp']}" for log in runs}))
@@ -307,7 +307,8 @@ def markdown_table(size):
     head = ["run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
             "peak GB", "command"]
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
-        return f"{size}: not run yet; `results/reproduce.sh --size {size} --seeds 3` makes this table.\n"
+        command = f"results/reproduce.sh --size {size} --seeds 3"
+        return f"{size}: not run yet; `{command}` makes it, all rows and all single changes.\n"
     lines, shown = [], {}
     for name, command in planned(size).items():
         logs = list(finished_runs(size, name).values())
@@ -361,7 +362,7 @@ def main():
     parser.add_argument("--dataset", default="auto", choices=DATASETS)
     parser.add_argument("--data-dir")
     parser.add_argument("--count", type=int, default=10, help="pictures in a row (default: 10)")
-    parser.add_argument("--seed", type=int, default=0, help="of the augmentation (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentation (default: 0)")
     parser.add_argument("--out", help="the PNG to write (default: the command's name)")
     args = parser.parse_args()
     if args.what in ("curves", "predict") and not args.paths:

@@ -60,10 +60,13 @@ def number_or_none(text):
 
 @dataclass
 class Config:
-    """Everything that decides a run. Every field is a flag of the command line; None stands for the preset's value."""
+    """Everything that decides a run. Every field is a flag of the command line.
+
+    None, and for gamma_init "preset", stands for the preset's value where there is one.
+    """
 
     model: str = option("vit", "what to train", choices=tuple(MODELS))
-    size: str = option("auto", "tiny: minutes on two CPU cores; base: for a GPU; auto: base if there is one",
+    size: str = option("auto", "tiny: minutes on two CPU cores; base: for a GPU; auto: tiny on a CPU, else base",
                        choices=("auto", "tiny", "base"))
     recipe: str = option("full", "basic: crop and flip alone; full: the regularisation of the size's preset as well",
                          choices=("basic", "full"))
@@ -81,12 +84,12 @@ class Config:
                             choices=("adamw", "muon"))
     lr: float = option(None, "peak learning rate of AdamW", low=0)
     muon_lr: float = option(None, "peak learning rate of Muon, scaled to match AdamW's update size", low=0)
-    momentum: float = option(None, "of Muon", low=0, high=0.999)
-    weight_decay: float = option(None, "pull of weights towards zero, times the learning rate", low=0)
+    momentum: float = option(None, "momentum of Muon", low=0, high=0.999)
+    weight_decay: float = option(None, "pull of weights towards zero; a step takes lr times this part of them", low=0)
     warmup: float = option(None, "epochs over which the learning rate rises from 0", low=0)
     schedule: str = option(None, "how the learning rate falls to 0 afterwards", choices=("cosine", "linear"))
     clip: float = option(None, "largest norm of the gradient; 0: no clipping", low=0)
-    ema: float = option(None, "decay of the weights' moving average, which is then what counts; 0: none", low=0,
+    ema: float = option(None, "decay of the weights' moving average, which is then evaluated and kept; 0: none", low=0,
                         high=0.99999)
 
     patch_size: int = option(None, "side of a ViT's patches, in pixels", low=1)
@@ -99,16 +102,17 @@ class Config:
     crop: int = option(None, "largest random shift of an image, in pixels", low=0, high=31)
     trivial: float = option(None, "share of images that get one TrivialAugment operation", low=0, high=1)
     jitter: float = option(None, "range of random brightness, contrast and saturation", low=0, high=1)
-    erasing: float = option(None, "share of images with an erased box", low=0, high=1)
+    erasing: float = option(None, "share of images in which a random box is blanked", low=0, high=1)
     label_smoothing: float = option(None, "probability spread over all classes", low=0, high=0.99)
-    mixup: float = option(None, "alpha of Mixup; 0: off", low=0)
-    cutmix: float = option(None, "alpha of CutMix; 0: off; with both, a coin chooses for each batch", low=0)
+    mixup: float = option(None, "alpha of Mixup's Beta distribution; 0: off", low=0)
+    cutmix: float = option(None, "alpha of CutMix's Beta distribution; 0: off; with both on, a coin chooses one for "
+                                 "each batch", low=0)
 
-    seed: int = option(0, "of the weights, the batches and all that is random", low=0)
+    seed: int = option(0, "random seed of the weights, the batches and the augmentation", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: on a GPU", choices=("auto", "on", "off"))
-    name: str = option(None, "of the run's folder (default: from model, size, recipe, data set and seed)")
+    compile: str = option("auto", "torch.compile; auto: with CUDA", choices=("auto", "on", "off"))
+    name: str = option(None, "the run's folder in --out (default: made of model, size, recipe, data set, seed)")
     out: str = option("runs", "the folder that holds the runs' folders")
     resume: bool = option(False, "go on from the run's last.pt")
     overwrite: bool = option(False, "replace a run of the same name")
@@ -180,15 +184,17 @@ def resolve(config):
             preset["drop_path"] = 0.0
     if config.encoder == "builtin":
         preset.update(drop_path=0.0, gamma_init=None)
+    foreign = {name for other in PRESETS.values() for name in other} - set(preset)  # options of other models
+    if config.model == "resnet18":
+        foreign |= {"encoder", "pool"}
     for field in dataclasses.fields(config):
-        unset = getattr(config, field.name) == field.default
-        if field.name in preset:
-            if unset:
-                setattr(config, field.name, preset[field.name])
-        elif field.name in PRESETS["vit", "base"] or (field.name in ("encoder", "pool") and config.model == "resnet18"):
-            if not unset:
+        given = getattr(config, field.name) != field.default
+        if field.name in foreign:
+            if given:
                 raise InputError(f"{flag_of(field)} means nothing to a {config.model}: leave it out")
             setattr(config, field.name, None)
+        elif field.name in preset and not given:
+            setattr(config, field.name, preset[field.name])
     for field in dataclasses.fields(config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
         if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
@@ -220,7 +226,7 @@ def make_model(config, dataset):
     """The model of a resolved config, on the CPU. Its weights depend on the seed and the training images alone."""
     torch.manual_seed(config.seed)
     model = build_model(config.model, **model_options(config, len(dataset.classes)))
-    # After one epoch, on a hold-out, the tiny hybrid has 81.6 % so, and 78.0 % without; the ViT 62.9 % and 61.1 %.
+    # What this gains is in the README, under "Read it".
     sample = dataset.train_images[:: max(1, len(dataset.train_images) // 5000)]
     whiten(model.trunk[0] if hasattr(model, "trunk") else model.patch_embed, dataset.normalise(sample).cpu())
     return model
@@ -340,8 +346,7 @@ def use_fast_kernels():
 
 
 def choose_compile(config):
-    """Whether to compile. auto: not on CPUs, where the tiny models gain nothing by it (368 images/s against 374 for the
-    hybrid on two cores) and lose the half minute that it takes."""
+    """Whether to compile. auto: with CUDA alone. On two CPU cores a tiny run wins back about the time that it takes."""
     return config.device == "cuda" if config.compile == "auto" else config.compile == "on"
 
 
@@ -567,15 +572,15 @@ def check_finite(losses, step, model, lr):
     losses: a list, the last one that of step `step` - 1; lr: the learning rate as a function of the step. Waits for the
     device.
     """
-    broken = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
-    if broken:
-        what, step = f"the loss became {losses[broken[0]]}", step - len(losses) + broken[0]
-    elif all(p.isfinite().all() for p in model.parameters()):
-        return
-    else:
-        what, step = "a weight became infinite or nan", step - 1
-    raise InputError(f"{what} at step {step}, lr {lr(step):.2g}: start again with --overwrite and a lower --lr or "
-                     "--muon-lr, or with --clip 1 (last.pt, if there is one, is from before it)")
+    def stop(what, at):
+        raise InputError(f"{what} at step {at}, lr {lr(at):.2g}: start again with --overwrite and a lower --lr or "
+                         "--muon-lr, or with --clip 1 (last.pt, if there is one, was saved before)")
+
+    for at, loss in enumerate(losses, start=step - len(losses)):
+        if not math.isfinite(loss):
+            stop(f"the loss became {loss}", at)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        stop("a weight became infinite or nan", step - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -676,6 +681,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
 
     accuracy = None
     first_step, training_start = step, time.perf_counter()
+    time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - first_step))
     for epoch in range(step // steps_per_epoch, config.epochs):
         model.train()
         epoch_start, shown = time.perf_counter(), time.perf_counter()
@@ -684,7 +690,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                                 trivial=config.trivial, jitter=config.jitter, erasing=config.erasing,
                                 label_smoothing=config.label_smoothing, mixup=config.mixup, cutmix=config.cutmix)
         for i, (images, targets) in enumerate(batches, start=done):
-            images, targets = images[rank::processes], targets[rank::processes]  # this process's share: all, mostly
+            images, targets = images[rank::processes], targets[rank::processes]  # all, if there is one process
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step, group["peak_lr"])
@@ -700,11 +706,13 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                 scaler.step(optimizer)
             scaler.update()
             model.zero_grad(set_to_none=True)
-            if averaged is not model:  # the decay grows to its full value, or the first weights would linger
+            if averaged is not model:  # the decay starts low, so that the first weights do not linger
                 decay = min(config.ema, (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
             for name, value in dict(loss=loss, floor=entropy(targets), **parts).items():
-                curves.setdefault(name, torch.zeros(steps_per_epoch, device=device))[i] = value.detach()
+                if name not in curves:
+                    curves[name] = torch.zeros(steps_per_epoch, device=device)
+                curves[name][i] = value.detach()
             step += 1
 
             now = time.perf_counter()
@@ -715,9 +723,8 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                     break
             if sys.stdout.isatty() and now - shown > 1 and now - epoch_start > 3:
                 shown, speed = now, (i + 1 - done) * config.batch_size / (now - epoch_start)
-                left = (total_steps - step) * (now - training_start) / (step - first_step)
                 print(f"\r{epoch + 1:5d}: step {i + 1} of {steps_per_epoch}, {speed:.0f} images/s, "
-                      f"{clock(left)} left  ", end="", flush=True)
+                      f"{time_left()} left  ", end="", flush=True)
 
         if step < (epoch + 1) * steps_per_epoch:
             break  # stopped
@@ -728,17 +735,16 @@ def run(config, loss_function=cross_entropy, start=START, **about):
         seconds = time.perf_counter() - epoch_start
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
         speeds.append((steps_per_epoch - done) * config.batch_size / seconds)
-        now = time.perf_counter()
-        left = (total_steps - step) * (now - training_start) / (step - first_step)
+        elapsed = time.perf_counter() - start
         means = {name: float(np.mean(curve.tolist())) for name, curve in curves.items()}
         loss, floor = means.pop("loss"), means.pop("floor")
         wipe = "\r\033[K" if sys.stdout.isatty() else ""  # the progress line
         others = "".join(f"  {name} {value:.4f}" for name, value in means.items())
         print(f"{wipe}{epoch + 1:5d}  {loss:10.4f}  {floor:5.3f}  {accuracy:8.4f}  {lr(step - 1):8.2e}  "
-              f"{speeds[-1]:8.0f}  {clock(now - start):>7}  {clock(left):>6}{others}", flush=True)
+              f"{speeds[-1]:8.0f}  {clock(elapsed):>7}  {time_left():>6}{others}", flush=True)
         log("epoch", epoch=epoch + 1, step=step, train_loss=loss, loss_floor=floor, **means, accuracy=accuracy,
-            lr=lr(step - 1), images_per_second=speeds[-1], seconds=now - start)
-        # Short epochs are not all saved: 1 % of the time is enough for that.
+            lr=lr(step - 1), images_per_second=speeds[-1], seconds=elapsed)
+        # At most 1 % of the time goes into this: short epochs are not all saved.
         if stopped_by or epoch + 1 == config.epochs or time.perf_counter() - last_save >= 100 * save_seconds:
             save_last()
         if stopped_by:

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Run the rows of the README's tables: results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]
+# Run the rows and the ablations of the README's tables:
+#
+#     results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]
 #
 # Without ROW, all of them. Each run leaves its log as results/SIZE/ROW-SEED.jsonl, and its weights in runs/. A log that
 # is there already is not made again, and a run that was stopped goes on, so this can be stopped and started at will.
@@ -24,7 +26,7 @@ vit-1-distilled    tiny  distill.py --student vit --epochs 1
 ROWS
 }
 
-# name, sizes, the row that it differs from in one thing, command. In tiny, that of one epoch is meant, as is this.
+# name, sizes, the row that it differs from in one thing, command. In tiny, all are of one epoch, and that row as well.
 ablations() {
     cat <<'ABLATIONS'
 patch-2            both  vit            train.py --model vit --patch-size 2

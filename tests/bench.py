@@ -1,4 +1,4 @@
-"""How fast training is, and against what one would otherwise write. Prints Markdown.
+"""How fast training is, beside what one would otherwise write. Prints Markdown.
 
     python tests/bench.py                      our models: images/s, the parts of a step, memory
     python tests/bench.py --peer torchvision   beside them torchvision's models, in the usual loop and in ours
@@ -202,7 +202,7 @@ def torchvision_model(config, num_classes):
 # The measurements
 
 def compare(contestants, device, windows, seconds):
-    """{label: images/s, the median over the windows}, and {label: seconds of the first step}. Round about, in turns."""
+    """{label: images/s, the median over the windows}, and {label: seconds of the first step}. In turns."""
     first, steps, speeds = {}, {}, {label: [] for label in contestants}
 
     def clocked(loop, steps):
@@ -254,7 +254,7 @@ def in_own_process(argv, windows, seconds):
     return speeds[""], train.peak_memory(config.device)
 
 
-def flags_of(args, model, size, *more):
+def command_line(args, model, size, *more):
     """The command line of train.py for a model of the benchmark."""
     return ["--model", model, "--size", size, "--device", args.device, "--dataset", args.dataset, *more,
             *(["--data-dir", args.data_dir] if args.data_dir else [])]
@@ -262,15 +262,15 @@ def flags_of(args, model, size, *more):
 
 def models(args):
     """One row for each model, and for each peer."""
-    chosen = dict.fromkeys([(name, args.size) for name in args.models] + [("resnet18", "base")])  # each once
+    chosen = dict.fromkeys((name, args.size) for name in args.models)
+    if "resnet18" in args.models:
+        chosen["resnet18", "base"] = None  # the one that torchvision has
     dataset, rows = load_dataset(args.dataset, args.data_dir), []
     K = len(dataset.classes)
     for name, size in chosen:
-        if name not in args.models:
-            continue
-        # torchvision has the full ResNet-18 alone: on a CPU in small batches, or a step would take many seconds.
+        # On a CPU a base model gets small batches, or a step would take many seconds.
         batch_size = args.batch_size or (None if size == args.size else 125)
-        argv = flags_of(args, name, size, *(["--batch-size", str(batch_size)] if batch_size else []))
+        argv = command_line(args, name, size, *(["--batch-size", str(batch_size)] if batch_size else []))
         label = f"{name}, {size}"
         config = train.resolve(train.parse_config(argv=argv))
         on_device, rate = dataset.to(config.device), matrix_rate(config)
@@ -295,14 +295,14 @@ def models(args):
 
 def scaling(args):
     """The ViT by batch size, patch size and depth, each in a process of its own."""
-    config = train.resolve(train.parse_config(argv=flags_of(args, "vit", args.size)))
+    config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size)))
     batch_sizes = (64, 256, 512, 1024, 4096) if args.device == "cuda" else (64, 250, 1000)
     points = ([("batch size", "--batch-size", value) for value in batch_sizes]
               + [("patch size", "--patch-size", value) for value in (2, 4, 8, 16)]
               + [("depth", "--depth", value) for value in (config.depth // 2, config.depth, 2 * config.depth)])
     rate, rows = matrix_rate(config), []
     for what, flag, value in points:
-        argv = flags_of(args, "vit", args.size, flag, str(value))
+        argv = command_line(args, "vit", args.size, flag, str(value))
         options = train.model_options(train.resolve(train.parse_config(argv=argv)), 10)
         speed, peak = alone(argv, args.windows, args.seconds)
         rows.append(dict(what=what, value=value, images_per_second=speed, peak_bytes=peak,
@@ -320,7 +320,7 @@ def traps(args):
         qkv = torch.randn(B, N, 3, H, E, device=device, dtype=torch.bfloat16, requires_grad=True)
         grad = torch.randn(B, H, N, E, device=device, dtype=torch.bfloat16)
 
-        def there_and_back(kernel):
+        def forward_and_backward(kernel):
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E) each, laid out as in the model
             if kernel is None:
                 out = ((q * E**-0.5) @ k.transpose(-2, -1)).softmax(-1) @ v
@@ -331,15 +331,15 @@ def traps(args):
 
         for kernel in [*kernels, None]:
             try:
-                finite = there_and_back(kernel).isfinite().all()
-                timer = Timer("there_and_back(kernel)", globals=locals(), num_threads=torch.get_num_threads())
+                finite = forward_and_backward(kernel).isfinite().all()
+                timer = Timer("forward_and_backward(kernel)", globals=locals(), num_threads=torch.get_num_threads())
                 outcome = f"{1000 * timer.blocked_autorange(min_run_time=args.seconds).median:.2f} ms"
                 outcome += "" if finite else ", NAN in the gradient"
             except torch.OutOfMemoryError:
                 outcome = "out of memory"
             except RuntimeError:  # no available kernel
-                outcome = "not to be had"
-            rows.append(dict(trap=f"attention there and back, {B} x {H} x {N} x {E}: "
+                outcome = "not available"
+            rows.append(dict(trap=f"attention, forward and backward, {B} x {H} x {N} x {E}: "
                                   f"{kernel.name.lower() if kernel else 'written out'}", outcome=outcome))
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
@@ -355,7 +355,8 @@ def traps(args):
     drop = DropPath(0.5).train()
     drop.compile()
     kept = (drop(torch.ones(1000, 2, device=device))[:, 0] > 0).float().mean()
-    rows.append(dict(trap="a compiled DropPath of rate 0.5, 1000 images", outcome=f"keeps {kept:.1%} of them"))
+    rows.append(dict(trap="compiled DropPath of rate 0.5: share of 1,000 images kept (0 or 100 %: one draw for all)",
+                     outcome=f"{kept:.1%}"))
     return dict(rows=rows)
 
 
@@ -367,7 +368,8 @@ def markdown(result):
     number = lambda value, form: "-" if value is None else format(value, form)
     gigabytes = lambda row: number(row["peak_bytes"] and row["peak_bytes"] / 1e9, ".2f")
     if result["what"] == "models":
-        head = ["model", "batch", "images/s", "times slower", "of the matrix rate", *PARTS, "peak GB", "first step, s"]
+        head = ["model", "batch", "images/s", "time per image, ours = 1", "of the matrix rate", *PARTS, "peak GB",
+                "first step, s"]
         lines = [[row["label"], row["batch_size"], f"{row['images_per_second']:,.0f}", f"{row['times_slower']:.2f}",
                   number(row["of_matrix_rate"], ".0%"),
                   *(number(row["shares"] and row["shares"][part], ".0%") for part in PARTS), gigabytes(row),
@@ -380,7 +382,7 @@ def markdown(result):
                     else ["out of memory", "-"]), gigabytes(row)] for row in result["rows"]]
     else:
         head, lines = ["trap", "outcome"], [[row["trap"], row["outcome"]] for row in result["rows"]]
-    rate = (f"; a large product runs at {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s"
+    rate = (f"; a large matrix product reaches {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s"
             if "matrix_flops_per_second" in result else "")
     return (f"On {result['machine']}, torch {result['torch']}, {result['amp']}, "
             f"{'compiled' if result['compiled'] else 'not compiled'}{rate}:\n\n"
@@ -392,11 +394,11 @@ def main(argv=None):
     parser.add_argument("what", nargs="?", choices=("models", "scaling", "traps"), default="models")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("tiny", "base"), help="default: base on a GPU, tiny on a CPU")
-    parser.add_argument("--peer", choices=("torchvision",), help="of the models")
+    parser.add_argument("--peer", choices=("torchvision",), help="measure these beside ours")
     parser.add_argument("--models", nargs="+", choices=tuple(train.MODELS), default=list(train.MODELS))
     parser.add_argument("--batch-size", type=int, help="of the models (default: the preset's)")
-    parser.add_argument("--windows", type=int, default=5, help="to take the median of (default: 5)")
-    parser.add_argument("--seconds", type=float, default=5, help="of a window, about (default: 5)")
+    parser.add_argument("--windows", type=int, default=5, help="whose median counts (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5, help="length of a window, about (default: 5)")
     parser.add_argument("--dataset", default="auto", choices=DATASETS)
     parser.add_argument("--data-dir")
     parser.add_argument("--json", metavar="FILE", help="keep the result")
@@ -406,7 +408,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as empty:  # so that the first step compiles, and does not find it done
         os.environ.update(TORCHINDUCTOR_CACHE_DIR=empty, TRITON_CACHE_DIR=empty)
         try:
-            config = train.resolve(train.parse_config(argv=flags_of(args, "vit", args.size)))
+            config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size)))
             result = dict(what=args.what, amp=train.choose_amp(config), compiled=train.choose_compile(config),
                           commit=train.git_commit(), arguments=vars(args), **train.describe_machine(args.device),
                           **dict(models=models, scaling=scaling, traps=traps)[args.what](args))

@@ -94,5 +94,5 @@ def test_traps_are_looked_at(capsys):
     bench.main(["traps", "--device", "cpu", "--seconds", "0.01"])
     out = capsys.readouterr().out
     assert "written out" in out and "NAN" not in out
-    kept = float(out.split("keeps ")[1].split("%")[0])
+    kept = float(out.split("| ")[-1].split("%")[0])
     assert 40 < kept < 60

@@ -28,6 +28,20 @@ def test_every_file_that_is_named_exists():
         assert name in ("log.jsonl",) or (ROOT / name).exists(), name
 
 
+def test_the_table_of_sizes_is_that_of_the_presets():
+    rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in README.splitlines())
+            if len(cells) == 8}
+    for (model, size), preset in train.PRESETS.items():
+        shape, _, _, optimizer, batch_size, epochs, augmentation = rows[f"{model}, {size}"]
+        options = train.FIXED.get((model, size), {})
+        if "dim" in preset:
+            hidden = int(preset["dim"] * options.get("mlp_ratio", 4))
+            assert shape == f"{preset['dim']}, {preset['depth']}, {preset['heads']}, {hidden}"
+        assert (batch_size, epochs) == (str(preset["batch_size"]), str(preset["epochs"]))
+        assert optimizer == {"adamw": "AdamW", "muon": "Muon, AdamW"}[preset["optimizer"]]
+        assert augmentation == ("all" if preset["mixup"] else f"crop {preset['crop']}, flip")
+
+
 def test_every_log_is_of_the_presets_as_they_are_now():
     """Else the table would show numbers that its commands no longer give."""
     logs = sorted((ROOT / "results").glob("*/*.jsonl"))
