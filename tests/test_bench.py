@@ -66,7 +66,8 @@ def test_scaling_measures_each_point_and_says_where_the_memory_ends(monkeypatch,
 
     def alone(argv, windows, seconds):
         asked.append(argv)
-        return (None, None) if "1000" in argv else bench.in_own_process([*argv, "--dim", "16"], windows, seconds)
+        return (None, None) if "1000" in argv else bench.in_own_process(
+            [*argv, "--dim", "16", "--batch-size", "20"], windows, seconds)
     monkeypatch.setattr(bench, "alone", alone)
     bench.main(["scaling", "--device", "cpu", "--windows", "1", "--seconds", "0", "--dataset", "shapes",
                 "--json", str(path)])
