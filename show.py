@@ -140,11 +140,12 @@ def curves(args):
     figure, (losses, above, accuracies) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for path in args.paths:
         path = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
-        epochs = [line for line in read_log(path) if line["event"] == "epoch"]
+        log = read_log(path)
+        epochs = [line for line in log if line["event"] == "epoch"]
         if not epochs:
             raise InputError(f"{path} has no epoch yet: wait for the end of its first one")
         x, loss, floor = zip(*((line["epoch"], line["train_loss"], line["loss_floor"]) for line in epochs))
-        name = os.path.basename(os.path.dirname(path)) if path.endswith("/log.jsonl") else os.path.basename(path)
+        name = log[0]["config"]["name"]
         color = losses.plot(x, loss, label=name)[0].get_color()
         losses.plot(x, floor, color=color, linestyle="--")
         above.plot(x, [a - b for a, b in zip(loss, floor)], label=name)
