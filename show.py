@@ -345,12 +345,12 @@ def ablation_table(size):
         return ""
     head = ["change", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
     rest = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
-    return "\n" + as_markdown(f"{size}, single changes", head, lines, shown) + rest
+    return as_markdown(f"{size}, single changes", head, lines, shown) + rest
 
 
 def table(args):
     """Both sizes' tables and ablations, which the README holds between two markers."""
-    print("\n".join(markdown_table(size) + ablation_table(size) for size in ("tiny", "base")), end="")
+    print("\n".join(made(size) for made in (markdown_table, ablation_table) for size in ("tiny", "base")), end="")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
