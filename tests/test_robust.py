@@ -370,7 +370,6 @@ def test_saving_takes_one_percent_of_the_time_however_short_the_epochs(tmp_path,
     assert 1 <= len(during) <= 1 + took / (100 * min(seconds)) and sum(during[1:]) < 0.015 * took
 
 
-
 MEMORY = """
 import sys
 import data, train
