@@ -129,7 +129,7 @@ BASE = dict(crop=4, trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, 
 PRESETS = {
     ("vit", "tiny"): dict(TINY, epochs=4, lr=2e-3, muon_lr=0.01, momentum=0.9, patch_size=4, dim=256, depth=4, heads=4,
                           drop_path=0.0, gamma_init=1.0),
-    ("hybrid", "tiny"): dict(TINY, epochs=6, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0),
+    ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0),
     ("resnet18", "tiny"): dict(TINY, epochs=5),
     ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=1e-4),
     ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1e-4),
