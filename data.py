@@ -29,7 +29,7 @@ IMAGE_SIZE = 32  # the side that a folder's images are scaled to, and that shape
 
 
 class InputError(Exception):
-    """A mistake that the person at the keyboard can mend. The message is one sentence and says how."""
+    """A mistake that the person at the keyboard can fix. The message is one sentence and says how."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def load_dataset(name="auto", data_dir=None, hold_out=0, seed=0):
     data_dir  where it lies or is downloaded to; default $DATA_DIR, else ./data. Not needed for shapes.
     hold_out  split that many training images off, equally many of each class, chosen by `seed`; they become the
               test set, and the real one is not touched. For tuning.
-    "auto" is CIFAR-10, or shapes if that is neither on the disk nor to be had from the network.
+    "auto" is CIFAR-10, or shapes if that is neither on the disk nor downloadable.
     InputError says in one sentence what is missing, broken or impossible, and what to do.
     """
     given = data_dir or os.environ.get("DATA_DIR")
@@ -170,7 +170,7 @@ def load_folder(data_dir):
             raise InputError(f"{split[0]} and {split[1]} have different classes: give both the same folders")
     else:
         images, labels, classes = read(data_dir)
-        rank = torch.empty_like(labels)  # the how-maniest of its class each image is
+        rank = torch.empty_like(labels)  # each image's place among those of its class
         for k in range(len(classes)):
             rank[labels == k] = torch.arange(int((labels == k).sum()))
         test = rank % 5 == 4
@@ -278,9 +278,10 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
     device, N = dataset.train_images.device, len(dataset.train_labels)
     order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(N)).to(device)
     for step in range(first_step, N // batch_size):
+        # step + 1: numpy pads seeds with zeros, so (seed, epoch, 0) would be the permutation's own seed.
         torch.manual_seed(int(np.random.default_rng((seed, epoch, step + 1)).integers(2**63)))
-        index = order[step * batch_size : (step + 1) * batch_size]
-        images = crop_and_flip(dataset.train_images[index], crop)
+        index = order[step * batch_size : (step + 1) * batch_size]  # (B,)
+        images = crop_and_flip(dataset.train_images[index], crop)  # (B, C, S, S) uint8
         images = images.float() / 255
         if trivial:
             images = trivial_augment(images, trivial)
@@ -295,7 +296,8 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
             images, targets = mix_up(images, targets, mixup)
         elif cutmix:
             images, targets = cut_mix(images, targets, cutmix)
-        yield images, targets
+        # One memory layout whatever was drawn, and the one that convolutions like.
+        yield images.contiguous(memory_format=torch.channels_last), targets
 
 
 def test_batches(dataset, batch_size):
@@ -305,7 +307,7 @@ def test_batches(dataset, batch_size):
     """
     for images, labels in zip(dataset.test_images.split(batch_size), dataset.test_labels.split(batch_size)):
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))  # (batch_size, C, S, S)
-        yield dataset.normalise(images), labels
+        yield dataset.normalise(images).contiguous(memory_format=torch.channels_last), labels
 
 
 def soft_targets(labels, num_classes, label_smoothing=0.0):
@@ -344,7 +346,7 @@ def crop_and_flip(images, padding=4):
     reflect = lambda i: S - 1 - (S - 1 - i.abs()).abs()  # -1 -> 1, S -> S - 2
     rows, cols = reflect(rows)[:, :, None], reflect(cols)[:, None, :]  # (B, S, 1), (B, 1, S)
     images = images[torch.arange(B, device=device)[:, None, None], :, rows, cols]  # (B, S, S, C)
-    return images.permute(0, 3, 1, 2)  # (B, C, S, S), channels last in memory, as convolutions like it
+    return images.permute(0, 3, 1, 2)  # (B, C, S, S)
 
 
 def luma(images):
@@ -375,8 +377,8 @@ def random_erasing(images, probability, area=(0.02, 0.33), ratio=(0.3, 3.3)):
     drawn from `area`, has height / width drawn from `ratio` (on a log scale), and lies wholly inside.
     """
     B, _, S, _ = images.shape
-    size = per_image(images, *area) * S * S
-    tall = per_image(images, math.log(ratio[0]), math.log(ratio[1])).exp()
+    size = per_image(images, *area) * S * S  # (B, 1, 1, 1)
+    tall = per_image(images, math.log(ratio[0]), math.log(ratio[1])).exp()  # (B, 1, 1, 1)
     height, width = (size * tall).sqrt().round().clamp(1, S), (size / tall).sqrt().round().clamp(1, S)  # (B, 1, 1, 1)
     top = (per_image(images, 0, 1) * (S - height + 1)).floor()
     left = (per_image(images, 0, 1) * (S - width + 1)).floor()
@@ -451,7 +453,8 @@ def trivial_augment(images, probability):
 
     # Four operations move away from, or towards, a plainer image.
     grey = luma(images)  # (B, 1, S, S)
-    smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    smooth = images.clone()  # the border stays as it is; inside, a mean over 3 x 3 in which the middle counts 5 times
+    smooth[:, :, 1:-1, 1:-1] = (9 * F.avg_pool2d(images, 3, stride=1) + 4 * images[:, :, 1:-1, 1:-1]) / 13
     plain = torch.where(drew("saturation"), grey, torch.where(drew("sharpness"), smooth, 0.0))
     plain = torch.where(drew("contrast"), grey.mean(dim=(2, 3), keepdim=True), plain)
     blend = drew("brightness") | drew("saturation") | drew("contrast") | drew("sharpness")

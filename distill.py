@@ -1,4 +1,4 @@
-"""Distil a ResNet-18 into a Vision Transformer: the run of train.py, with a loss that also listens to a teacher.
+"""Distil a ResNet-18 into a Vision Transformer: the run of train.py, with a teacher's term in the loss.
 
     python distill.py              train a ResNet-18, unless runs/ has it already, then a ViT that learns from it
     python distill.py --alpha 0    its control: the same run without a teacher
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import InputError
+from data import InputError, entropy
 from train import evaluate, load_model, make_autocast, option
 
 
@@ -87,7 +87,9 @@ def make_loss(teacher, config):
         with torch.no_grad():
             by_label, by_teacher = split_heads(logits)
             agree = (by_teacher.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
-            parts = dict(kl=kl_divergence(by_teacher, teacher_logits, config.temperature),
+            # Both KL and a hard label's cross-entropy can fall to 0; the labels' own cannot.
+            parts = dict(floor=(1 - config.alpha) * entropy(targets),
+                         kl=kl_divergence(by_teacher, teacher_logits, config.temperature),
                          cross_entropy=F.cross_entropy(by_label, targets), agreement=agree)
         return loss, parts
 

@@ -103,8 +103,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
-        x = self.act(self.fc1(x))  # (B, N, M)
-        return self.fc2(x)  # (B, N, D)
+        x = self.act(self.fc1(x))  # (..., M)
+        return self.fc2(x)  # (..., D)
 
 
 class Block(nn.Module):
@@ -294,8 +294,8 @@ class BasicBlock(nn.Module):
             conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
             self.shortcut = nn.Sequential(pool, conv, nn.BatchNorm2d(out_channels))
         # Initialisation is torch's own: a BatchNorm follows every convolution, so the scale of a kernel does not reach
-        # the output. The last BatchNorm's gamma starts at 1, not at 0 as for very large batches: at a learning rate of
-        # 2e-3, AdamW would take 500 steps to bring it to 1, half of a short training.
+        # the output. The last BatchNorm's gamma starts at 1, not at 0 as for very large batches: AdamW moves it by
+        # about the learning rate a step, so a short run would spend hundreds of steps near 0.
 
     def forward(self, x):
         y = self.act(self.norm1(self.pool(self.conv1(x))))  # (B, O, R, R)

@@ -193,14 +193,14 @@ def probabilities(model, dataset, flip=False):
 
 
 def calibration_error(probability, labels, bins=15):
-    """Mean distance between how sure the model is and how often it is right, over bins of sureness (Guo et al. 2017).
+    """Expected calibration error: how far confidence and accuracy lie apart, over bins of confidence (Guo et al. 2017).
 
     probability (N, K), labels (N,) -> a number from 0 to 1. 1706.04599.
     """
-    sure, choice = probability.max(dim=1)
-    right = (choice == labels).double()
-    index = (sure * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index, right - sure.double())
+    confidence, prediction = probability.max(dim=1)  # (N,), (N,)
+    correct = (prediction == labels).double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add(0, index, correct - confidence.double())  # (bins,)
     return gap.abs().sum().item() / len(labels)
 
 
@@ -230,7 +230,7 @@ def predict(args):
     model, about = load_trained(args)
     for path in args.paths:
         try:
-            image = ImageOps.exif_transpose(Image.open(path))  # a telephone's pictures say which side is up
+            image = ImageOps.exif_transpose(Image.open(path))  # phones store which side is up in EXIF
             image = pil_to_tensor(image.convert("RGB")) / 255  # (3, height, width)
         except Exception as error:  # PIL raises almost anything
             raise InputError(f"cannot read the picture {path} ({error})") from None
@@ -246,13 +246,17 @@ def predict(args):
 # The table
 
 def read_log(path):
-    """The lines of a log.jsonl, as dicts. InputError if it cannot be read or is empty."""
+    """The lines of a log.jsonl, as dicts. InputError if it cannot be read or is empty.
+
+    A run that was killed and resumed may have done an epoch twice: the later line counts.
+    """
     try:
         with open(path) as file:
             lines = [json.loads(line) for line in file]
         if not lines:
             raise ValueError("it is empty")
-        return lines
+        last = {line["epoch"]: line for line in lines if line["event"] == "epoch"}
+        return [line for line in lines if line["event"] != "epoch" or line is last[line["epoch"]]]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the log {path} ({error})") from None
 
@@ -318,9 +322,10 @@ def markdown_table(size):
             lines.append([name, "not run", *["-"] * 7, command])
             continue
         start, mean = logs[0][0], lambda key: statistics.mean(log[-1][key] for log in logs)
+        config = [line["config"] for line in logs[0] if "config" in line][-1]  # --resume can have changed the epochs
         lines.append([name, mean_and_std([100 * log[-1]["test_accuracy"] for log in logs]), str(len(logs)),
                       f"{start['parameters'] / 1e6:.2f}", f"{start['forward_flops'] / 1e9:.3f}",
-                      str(start["config"]["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
+                      str(config["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
                       f"{mean('peak_memory_bytes') / 1e9:.2f}", command])
         shown[name] = logs
     return as_markdown(size, head, lines, shown)

@@ -10,12 +10,13 @@ weights, and what it takes to rebuild the model).
 
 import time
 
-START = time.perf_counter()  # before torch is imported, so that the seconds of a run are those of the clock on the wall
+START = time.perf_counter()  # before torch is imported, so that a run's seconds include its imports
 
 import argparse
 import copy
 import dataclasses
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -66,7 +67,7 @@ class Config:
     """
 
     model: str = option("vit", "what to train", choices=tuple(MODELS))
-    size: str = option("auto", "tiny: minutes on two CPU cores; base: for a GPU; auto: tiny on a CPU, else base",
+    size: str = option("auto", "tiny: minutes on two CPU cores; base: for a GPU; auto: base with CUDA, else tiny",
                        choices=("auto", "tiny", "base"))
     recipe: str = option("full", "basic: crop and flip alone; full: the regularisation of the size's preset as well",
                          choices=("basic", "full"))
@@ -111,7 +112,7 @@ class Config:
     seed: int = option(0, "random seed of the weights, the batches and the augmentation", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: with CUDA", choices=("auto", "on", "off"))
+    compile: str = option("auto", "torch.compile; auto: base with CUDA", choices=("auto", "on", "off"))
     name: str = option(None, "the run's folder in --out (default: made of model, size, recipe, data set, seed)")
     out: str = option("runs", "the folder that holds the runs' folders")
     resume: bool = option(False, "go on from the run's last.pt")
@@ -135,8 +136,8 @@ PRESETS = {
     ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1e-4),
     ("resnet18", "base"): BASE,
 }
-# Parts of the models that a size fixes. At full resolution few channels are slow on a CPU, so the tiny trunk is narrow
-# there, wide at low resolution, and ends at 4 x 4: 16 tokens.
+# Parts of the models that a size fixes. Layers at full resolution cost the most and, with few channels, use a CPU poorly.
+# So the tiny trunk has its stem alone there, is wide at low resolution, and ends at 4 x 4: 16 tokens.
 TINY_TRUNK = dict(widths=(32, 64, 128, 256), depths=(0, 1, 1, 1), downsample="pool", activation="gelu")
 FIXED = {("vit", "tiny"): dict(mlp_ratio=2.0), ("hybrid", "tiny"): dict(TINY_TRUNK, mlp_ratio=2.0),
          ("resnet18", "tiny"): TINY_TRUNK}
@@ -176,7 +177,7 @@ def resolve(config):
     if not available[config.device]:
         raise InputError(f"torch finds no {config.device} device here: try --device cpu")
     if config.size == "auto":
-        config.size = "tiny" if config.device == "cpu" else "base"
+        config.size = "base" if config.device == "cuda" else "tiny"
     preset = dict(PRESETS[config.model, config.size])
     if config.recipe == "basic":
         preset.update(NO_REGULARISATION, ema=0.0)
@@ -267,9 +268,10 @@ def split_parameters(model):
 class Muon(torch.optim.Muon):
     """torch's Muon (Jordan et al. 2024), which takes matrices alone, for convolution kernels too.
 
-    Muon replaces each momentum matrix by the nearest orthogonal one, so that all its directions are learned at the same
-    speed. A kernel (O, C, k, k) is shown to it as the matrix (O, k*k*C) that multiplies a patch: a view of the same
-    memory, so stepping the view moves the kernel. Kernels must be channels_last in memory.
+    Muon replaces each momentum matrix by an orthogonal one near it, roughly (five Newton-Schulz steps), so that all its
+    directions are learned at about the same speed (https://kellerjordan.github.io/posts/muon). A kernel (O, C, k, k) is
+    shown to it as the matrix (O, k*k*C) that multiplies a patch: a view of the same memory, so stepping the view moves
+    the kernel. Kernels must be channels_last in memory.
     """
 
     def __init__(self, parameters, **options):
@@ -286,6 +288,8 @@ class Muon(torch.optim.Muon):
         for view, p in zip(self.param_groups[0]["params"], self.parameters):
             view.grad = self.matrix(p.grad)
         super().step()
+        for view in self.param_groups[0]["params"]:
+            view.grad = None  # or the gradient's memory would be held until the next step
 
 
 def make_optimizers(model, config):
@@ -324,11 +328,16 @@ def cross_entropy(logits, targets, images):
 # Precision, compilation and evaluation
 
 def choose_amp(config):
-    """"bf16", "fp16" or "off" for a resolved config's device. bf16 has float32's range and needs no loss scaling."""
+    """"bf16", "fp16" or "off" for a resolved config's device. bf16 has float32's range and needs no loss scaling.
+
+    fp16 needs it, and Muon's gradients are views that a GradScaler does not find: without bf16, Muon gets float32.
+    """
     if config.amp != "auto":
         return config.amp
     if config.device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "off" if config.optimizer == "muon" else "fp16"
     fast = config.device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if fast else "off"  # emulated bf16 is slower than float32
 
@@ -340,14 +349,20 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """On a GPU: TF32 for the products that autocast leaves in float32, and the fastest of cuDNN's convolutions."""
+    """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
 
 
 def choose_compile(config):
-    """Whether to compile. auto: with CUDA alone. On two CPU cores a tiny run wins back about the time that it takes."""
-    return config.device == "cuda" if config.compile == "auto" else config.compile == "on"
+    """Whether to compile. auto: base runs with CUDA, where Triton, which it builds on, is there and knows the GPU.
+
+    Tiny runs are short: on two CPU cores they win back about the time that compiling takes.
+    """
+    if config.compile != "auto":
+        return config.compile == "on"
+    return (config.device == "cuda" and config.size == "base" and importlib.util.find_spec("triton") is not None
+            and torch.cuda.get_device_capability() >= (7, 0))
 
 
 def count_flops(name, options, image_shape):
@@ -590,15 +605,16 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
     loss_function(logits, targets, images) -> (loss, more to log) is what distill.py replaces; logits are float32,
-    targets soft. `start` is when the run's clock began, `about` what the log's first line shall say besides.
-    Raises InputError for what the person who started it can mend.
+    targets soft. Where the loss can fall below the targets' entropy, "floor" is among what it gives to log. `start` is
+    when the run's clock began, `about` what the log's first line shall say besides.
+    Raises InputError for what the person who started it can fix.
     """
     # What runs: data, model, precision.
     rank, processes = join_processes(config)
     device = torch.device(config.device)
     amp, autocast, compiled = choose_amp(config), make_autocast(config), choose_compile(config)
     if amp == "fp16" and config.optimizer == "muon":
-        raise InputError("Muon needs gradients that cannot overflow: use --optimizer adamw, or --amp bf16 or off")
+        raise InputError("Muon does not work with fp16: use --amp bf16 or --amp off")
     dataset = load_for_all(config)
     fell_back = config.dataset == "auto" and dataset.name == "shapes"
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
@@ -690,12 +706,13 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                                 trivial=config.trivial, jitter=config.jitter, erasing=config.erasing,
                                 label_smoothing=config.label_smoothing, mixup=config.mixup, cutmix=config.cutmix)
         for i, (images, targets) in enumerate(batches, start=done):
-            images, targets = images[rank::processes], targets[rank::processes]  # all, if there is one process
+            # All of it, if there is one process: (B, C, S, S) and (B, K).
+            images, targets = images[rank::processes], targets[rank::processes]
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step, group["peak_lr"])
             with autocast:
-                logits = parallel(images)  # (B, K)
+                logits = parallel(images)  # (B, K), or (B, 2, K) with a distillation token
             loss, parts = loss_function(logits.float(), targets, images)
             scaler.scale(loss).backward()
             if config.clip:
@@ -705,11 +722,11 @@ def run(config, loss_function=cross_entropy, start=START, **about):
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
             if averaged is not model:  # the decay starts low, so that the first weights do not linger
                 decay = min(config.ema, (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
-            for name, value in dict(loss=loss, floor=entropy(targets), **parts).items():
+            for name, value in {"loss": loss, "floor": entropy(targets), **parts}.items():
                 if name not in curves:
                     curves[name] = torch.zeros(steps_per_epoch, device=device)
                 curves[name][i] = value.detach()
@@ -782,7 +799,7 @@ def on_signal(number, _):
 
 
 def main(config_class=Config, start=lambda config: run(resolve(config))):
-    """Run the command line. What the person can mend ends in one sentence on stderr and a non-zero exit status."""
+    """Run the command line. What the person can fix ends in one sentence on stderr and a non-zero exit status."""
     if "LOCAL_RANK" not in os.environ:  # torchrun ends its processes by itself, and they could not agree on a step
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)

@@ -128,7 +128,7 @@ class Ours:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad()
         mark("EMA")
         if self.config.ema:
             get_ema_multi_avg_fn(self.config.ema)(self.averaged, self.weights, None)
@@ -243,6 +243,7 @@ def alone(argv, windows, seconds):
 
 
 def in_own_process(argv, windows, seconds):
+    train.use_fast_kernels()
     config = train.resolve(train.parse_config(argv=argv))
     try:
         loop = Ours(config, load_dataset(config.dataset, config.data_dir).to(config.device))

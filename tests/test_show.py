@@ -135,6 +135,13 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, runs, arguments, 
 
 # ---- The table
 
+def test_an_epoch_that_a_killed_run_did_twice_counts_once(tmp_path):
+    lines = [dict(event="start"), dict(event="epoch", epoch=1), dict(event="epoch", epoch=2, accuracy=0.1),
+             dict(event="resume"), dict(event="epoch", epoch=2, accuracy=0.2), dict(event="end")]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert show.read_log(tmp_path / "log.jsonl") == lines[:2] + lines[3:]
+
+
 def write_log(path, accuracy, machine="a machine"):
     start = dict(event="start", machine=machine, torch="2.9.0", amp="bf16", parameters=2_000_000,
                  forward_flops=5 * 10**8, config=dict(epochs=3), data=dict(name="cifar10"))
@@ -150,7 +157,7 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     write_log(tmp_path / "results" / "tiny" / "vit-1.jsonl", 0.82)
     write_log(tmp_path / "results" / "tiny" / "vit-basic-0.jsonl", 0.7)
     write_log(tmp_path / "results" / "tiny" / "vit-1-0.jsonl", 0.5)  # not a seed of vit
-    unfinished = '{"event": "start"}\n{"event": "epoch"}\n'
+    unfinished = '{"event": "start"}\n{"event": "epoch", "epoch": 1}\n'
     (tmp_path / "results" / "tiny" / "hybrid-0.jsonl").write_text(unfinished)
     rows = {line.split(" | ")[0].strip("| "): line for line in show.markdown_table("tiny").splitlines() if "|" in line}
     assert rows["vit"].endswith("| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | "

@@ -145,6 +145,7 @@ def test_muon_moves_a_kernel_as_it_moves_the_matrix_of_its_patches():
         conv.weight.grad = torch.randn(6, 4, 3, 3)
         matrix.grad = conv.weight.grad.permute(0, 2, 3, 1).reshape(6, 36)
         ours.step(), theirs.step()
+    assert ours.param_groups[0]["params"][0].grad is None  # nothing keeps the gradient's memory
     torch.testing.assert_close(conv.weight.detach().permute(0, 2, 3, 1).reshape(6, 36), matrix.detach())
 
 
@@ -279,6 +280,19 @@ def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, 
     lines = capsys.readouterr().out.splitlines()
     assert any("shapes data set" in line for line in lines[:2]) and "shapes data set" in lines[-1]
     assert log[0]["data"]["name"] == "shapes" and log[0]["data"]["fell_back"]
+
+
+@pytest.mark.parametrize("bf16, capability, triton, size, amp, compiled", [
+    (True, (9, 0), True, "base", "bf16", True), (True, (9, 0), True, "tiny", "bf16", False),
+    (False, (7, 5), True, "base", "fp16", True), (False, (7, 5), True, "tiny", "off", False),  # tiny has Muon
+    (False, (6, 1), True, "base", "fp16", False), (True, (9, 0), False, "base", "bf16", False)])
+def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, triton, size, amp, compiled):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object() if triton else None)
+    chosen = config("--size", size, "--model", "vit")
+    assert (chosen.device, train.choose_amp(chosen), train.choose_compile(chosen)) == ("cuda", amp, compiled)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
