@@ -103,8 +103,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x):
-        x = self.act(self.fc1(x))  # (..., M)
-        return self.fc2(x)  # (..., D)
+        x = self.act(self.fc1(x))  # (B, N, M)
+        return self.fc2(x)  # (B, N, D)
 
 
 class Block(nn.Module):

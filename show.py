@@ -300,7 +300,7 @@ def as_markdown(title, head, lines, logs):
     machines = {}
     for name, runs in logs.items():
         machine = "; ".join(sorted({f"{log[0]['machine']}, torch {log[0]['torch']}, {log[0]['amp']}" for log in runs}))
-        machines.setdefault(machine, []).append(name)
+        machines.setdefault(machine.replace(" 1 threads", " 1 thread"), []).append(name)
     first, *others = sorted(machines, key=lambda machine: -len(machines[machine])) or ["no machine yet"]
     table = "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
     notes = "".join(f"\n{', '.join(machines[other])}: on {other}.\n" for other in others)
@@ -312,8 +312,10 @@ def markdown_table(size):
     head = ["run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
             "peak GB", "command"]
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
+        runs = 3 * (len(planned(size)) + len(planned(size, "ABLATIONS")))
         command = f"results/reproduce.sh --size {size} --seeds 3"
-        return f"{size}: not run yet; `{command}` makes it, all rows and all single changes.\n"
+        return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations, {runs} "
+                "runs, most of them of 200 epochs.\n")
     lines, shown = [], {}
     for name, command in planned(size).items():
         logs = list(finished_runs(size, name).values())
@@ -332,7 +334,7 @@ def markdown_table(size):
 
 
 def ablation_table(size):
-    """What each single change does to the row that it is made to, over the seeds that both have."""
+    """What each ablation, a single change, does to the row that it is made to, over the seeds that both have."""
     lines, shown, missing = [], {}, []
     for name, (base_name, command) in planned(size, "ABLATIONS").items():
         logs, base = finished_runs(size, name), finished_runs(size, base_name)
@@ -348,9 +350,9 @@ def ablation_table(size):
         shown[name] = logs.values()
     if not lines:
         return ""
-    head = ["change", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
+    head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
     rest = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
-    return as_markdown(f"{size}, single changes", head, lines, shown) + rest
+    return as_markdown(f"{size}, ablations", head, lines, shown) + rest
 
 
 def table(args):

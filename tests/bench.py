@@ -10,6 +10,7 @@ turns, so that a processor that slows down slows all of them. The data set lies 
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -257,8 +258,8 @@ def in_own_process(argv, windows, seconds):
 
 def command_line(args, model, size, *more):
     """The command line of train.py for a model of the benchmark."""
-    return ["--model", model, "--size", size, "--device", args.device, "--dataset", args.dataset, *more,
-            *(["--data-dir", args.data_dir] if args.data_dir else [])]
+    return ["--model", model, "--size", size, "--device", args.device, "--compile", args.compile,
+            "--dataset", args.dataset, *more, *(["--data-dir", args.data_dir] if args.data_dir else [])]
 
 
 def models(args):
@@ -277,6 +278,8 @@ def models(args):
         on_device, rate = dataset.to(config.device), matrix_rate(config)
         torch._dynamo.reset()
         contestants = {label: Ours(config, on_device)}
+        if train.choose_compile(config):
+            contestants[f"{label}: not compiled"] = Ours(dataclasses.replace(config, compile="off"), on_device)
         if args.peer and (name == "vit" or (name, size) == ("resnet18", "base")):
             contestants |= {f"{label}: torchvision's, our loop": Ours(config, on_device, torchvision_model(config, K)),
                             f"{label}: torchvision's, usual loop": Usual(config, dataset, torchvision_model(config, K))}
@@ -369,21 +372,21 @@ def markdown(result):
     number = lambda value, form: "-" if value is None else format(value, form)
     gigabytes = lambda row: number(row["peak_bytes"] and row["peak_bytes"] / 1e9, ".2f")
     if result["what"] == "models":
-        head = ["model", "batch", "images/s", "time per image, ours = 1", "of the matrix rate", *PARTS, "peak GB",
+        head = ["model", "batch", "images/s", "time per image, ours = 1", "MFU", *PARTS, "peak GB",
                 "first step, s"]
         lines = [[row["label"], row["batch_size"], f"{row['images_per_second']:,.0f}", f"{row['times_slower']:.2f}",
                   number(row["of_matrix_rate"], ".0%"),
                   *(number(row["shares"] and row["shares"][part], ".0%") for part in PARTS), gigabytes(row),
                   f"{row['first_step_seconds']:.1f}"] for row in result["rows"]]
     elif result["what"] == "scaling":
-        head = ["ViT", "GFLOP/training image", "images/s", "of the matrix rate", "peak GB"]
+        head = ["ViT", "GFLOP/training image", "images/s", "MFU", "peak GB"]
         share = lambda row: row["training_flops"] * row["images_per_second"] / result["matrix_flops_per_second"]
         lines = [[f"{row['what']} {row['value']}", f"{row['training_flops'] / 1e9:.2f}",
                   *([f"{row['images_per_second']:,.0f}", f"{share(row):.0%}"] if row["images_per_second"]
                     else ["out of memory", "-"]), gigabytes(row)] for row in result["rows"]]
     else:
         head, lines = ["trap", "outcome"], [[row["trap"], row["outcome"]] for row in result["rows"]]
-    rate = (f"; a large matrix product reaches {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s"
+    rate = (f"; MFU: of the {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s that a large matrix product reaches"
             if "matrix_flops_per_second" in result else "")
     return (f"On {result['machine']}, torch {result['torch']}, {result['amp']}, "
             f"{'compiled' if result['compiled'] else 'not compiled'}{rate}:\n\n"
@@ -395,6 +398,7 @@ def main(argv=None):
     parser.add_argument("what", nargs="?", choices=("models", "scaling", "traps"), default="models")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("tiny", "base"), help="default: base on a GPU, tiny on a CPU")
+    parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as train.py's")
     parser.add_argument("--peer", choices=("torchvision",), help="measure these beside ours")
     parser.add_argument("--models", nargs="+", choices=tuple(train.MODELS), default=list(train.MODELS))
     parser.add_argument("--batch-size", type=int, help="of the models (default: the preset's)")

@@ -38,6 +38,19 @@ def test_models_beside_their_peers(tmp_path, capsys):
         assert row["times_slower"] == pytest.approx(ours["images_per_second"] / row["images_per_second"])
 
 
+def test_a_compiled_model_runs_beside_itself_not_compiled(monkeypatch):
+    compiled = {}
+
+    def compare(contestants, *_):
+        compiled.update({label: loop.model._compiled_call_impl is not None for label, loop in contestants.items()})
+        return dict.fromkeys(contestants, 1.0), dict.fromkeys(contestants, 1.0)
+    monkeypatch.setattr(bench, "compare", compare)
+    monkeypatch.setattr(bench, "split", lambda *_: dict.fromkeys(bench.PARTS, 0.2))
+    monkeypatch.setattr(bench, "alone", lambda *_: (1.0, 10**9))
+    bench.main(["--device", "cpu", "--size", "tiny", "--models", "vit", "--compile", "on", "--dataset", "shapes"])
+    assert compiled == {"vit, tiny": True, "vit, tiny: not compiled": False}
+
+
 def test_a_step_of_the_bench_is_a_step_of_train(tmp_path, monkeypatch):
     """Both take the same batches to the same losses, at the same learning rate."""
     losses, loss = {"bench": [], "train": []}, train.cross_entropy

@@ -6,11 +6,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 import distill
 import show
 import train
+from model import build_model
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -63,7 +65,7 @@ def test_every_log_is_of_the_presets_as_they_are_now():
             assert field in free or was[field] == value, f"{path}: {field}"
 
 
-@pytest.mark.parametrize("marker, made", [("table", show.markdown_table), ("single changes", show.ablation_table)])
+@pytest.mark.parametrize("marker, made", [("table", show.markdown_table), ("ablations", show.ablation_table)])
 def test_the_generated_tables_are_current(marker, made):
     found = re.search(rf"<!-- {marker} -->\n(.*)<!-- end of {marker} -->", README, re.DOTALL)[1]
     assert found.strip() == "\n".join(map(made, ("tiny", "base"))).strip()
@@ -77,6 +79,14 @@ def test_the_tables_of_the_benchmark_are_current():
         assert found == bench.markdown(json.loads(path.read_text())), path.name
 
 
-def test_the_copied_component_runs_as_shown():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    exec(compile(code, "README", "exec"), {})
+def test_the_python_runs_as_shown(tmp_path, monkeypatch, capsys):
+    options = dict(dim=16, depth=1, num_heads=2)
+    model, folder = build_model("vit", **options), tmp_path / "runs" / "hybrid-tiny-full-auto-0"
+    folder.mkdir(parents=True)
+    train.save(dict(model="vit", options=options, classes=list("abcdefghij"), mean=torch.zeros(3, 1, 1),
+                    std=torch.ones(3, 1, 1), state_dict=model.state_dict()), str(folder / "model.pt"))
+    monkeypatch.chdir(tmp_path)
+    pieces = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for code in pieces:
+        exec(compile(code, "README", "exec"), {})
+    assert len(pieces) == 2 and re.fullmatch(r"\['[a-j]', '[a-j]'\]\n", capsys.readouterr().out)
