@@ -314,8 +314,8 @@ def markdown_table(size):
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
         runs = 3 * (len(planned(size)) + len(planned(size, "ABLATIONS")))
         command = f"results/reproduce.sh --size {size} --seeds 3"
-        return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations, {runs} "
-                "runs, most of them of 200 epochs.\n")
+        return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations: "
+                f"{runs} runs, most of them of 200 epochs.\n")
     lines, shown = [], {}
     for name, command in planned(size).items():
         logs = list(finished_runs(size, name).values())

@@ -1,6 +1,6 @@
 """Train a Vision Transformer, a ResNet-18 + Transformer hybrid or a ResNet-18 from scratch on CIFAR-10.
 
-    python train.py --model hybrid        90.6 % in 12 minutes on two CPU cores (AMD EPYC, torch 2.15, bf16, one run)
+    python train.py --model hybrid        90.30 +- 0.20 % in 600 s on two CPU cores (AMD EPYC, torch 2.14, bf16, n = 5)
     python train.py --help                every option, with its default
 
 From top to bottom: Config and its presets, the schedule, the optimizers, evaluation, checkpoints, and `run`, the loop
@@ -136,8 +136,8 @@ PRESETS = {
     ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1e-4),
     ("resnet18", "base"): BASE,
 }
-# Parts of the models that a size fixes. Layers at full resolution cost the most and, with few channels, use a CPU poorly.
-# So the tiny trunk has its stem alone there, is wide at low resolution, and ends at 4 x 4: 16 tokens.
+# Parts of the models that a size fixes. Layers at full resolution cost the most and, with few channels, use a CPU
+# poorly. So the tiny trunk has its stem alone there, is wide at low resolution, and ends at 4 x 4: 16 tokens.
 TINY_TRUNK = dict(widths=(32, 64, 128, 256), depths=(0, 1, 1, 1), downsample="pool", activation="gelu")
 FIXED = {("vit", "tiny"): dict(mlp_ratio=2.0), ("hybrid", "tiny"): dict(TINY_TRUNK, mlp_ratio=2.0),
          ("resnet18", "tiny"): TINY_TRUNK}
