@@ -203,7 +203,7 @@ def test_a_run_logs_the_teacher_and_the_parts_of_the_loss(tmp_path, teacher, cap
         expected = 0.7 * 9 * line["kl"] + 0.3 * line["cross_entropy"]
         assert line["train_loss"] == pytest.approx(expected, rel=1e-4) and 0 <= line["agreement"] <= 1
         smoothed = 0.91 * -math.log(0.91) + 9 * 0.01 * -math.log(0.01)  # the entropy of each target, at 0.1
-        assert line["loss_floor"] == pytest.approx(0.3 * smoothed, rel=1e-4) < line["train_loss"]
+        assert line["loss_floor"] == pytest.approx(0.3 * smoothed, rel=1e-4) and line["loss_floor"] < line["train_loss"]
 
 
 @pytest.mark.parametrize("flags", [["--hard"], ["--distill-token"], ["--hard", "--distill-token"]])
