@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import train
-from data import InputError, entropy
+from data import InputError, entropy, test_batches
 from train import evaluate, load_model, make_autocast, option
 
 
@@ -136,8 +136,7 @@ def seconds_per_step(teacher, dataset, config):
         if config.device != "cpu":
             getattr(torch, config.device).synchronize()
 
-    images = dataset.normalise(dataset.train_images[: config.batch_size])
-    images = images.contiguous(memory_format=torch.channels_last)
+    images, _ = next(test_batches(dataset, config.batch_size))  # (B, C, S, S)
     seconds = []
     for _ in range(7):  # two to warm up, and to compile
         wait()
