@@ -80,7 +80,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--heads", "7"], "7 heads"), (["--patch-size", "5"], "patch size 5"), (["--hold-out", "7"], "7"),
     (["--model", "resnet18", "--dim", "8"], "--dim"), (["--batch-size", "100000"], "--batch-size"),
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
-    (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"), (["--amp", "fp16"], "Muon"),
+    (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
     (["--out", "/dev/null"], "--out"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
@@ -136,17 +136,30 @@ def test_only_what_multiplies_is_decayed_and_muon_gets_only_what_is_inside(name,
     assert len([n for n in inner if n.startswith("encoder.")]) == 4  # qkv, proj, fc1, fc2
 
 
-def test_muon_moves_a_kernel_as_it_moves_the_matrix_of_its_patches():
-    conv = nn.Conv2d(4, 6, 3, bias=False).to(memory_format=torch.channels_last)
-    matrix = nn.Parameter(conv.weight.detach().permute(0, 2, 3, 1).reshape(6, 36).clone())
-    ours = train.Muon([conv.weight], lr=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    theirs = torch.optim.Muon([matrix], lr=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_is_torchs_muon_and_takes_a_kernel_as_the_matrix_of_its_patches(dtype):
+    weights = [torch.randn(6, 4, 3, 3), torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 16)]
+    kernel, *matrices = (nn.Parameter(weight.clone()) for weight in weights)
+    kernel.data = kernel.data.to(memory_format=torch.channels_last)
+    flat = [nn.Parameter(weight.flatten(1).clone()) for weight in weights]
+    ours = train.Muon([kernel, *matrices], lr=0.1, momentum=0.9, weight_decay=0.3, dtype=dtype)
+    theirs = torch.optim.Muon(flat, lr=0.1, momentum=0.9, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        conv.weight.grad = torch.randn(6, 4, 3, 3)
-        matrix.grad = conv.weight.grad.permute(0, 2, 3, 1).reshape(6, 36)
+        for p, q in zip([kernel, *matrices], flat):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.flatten(1)
         ours.step(), theirs.step()
-    assert ours.param_groups[0]["params"][0].grad is None  # nothing keeps the gradient's memory
-    torch.testing.assert_close(conv.weight.detach().permute(0, 2, 3, 1).reshape(6, 36), matrix.detach())
+    for p, q, start in zip([kernel, *matrices], flat, weights):
+        assert (p.flatten(1) - q).norm() < 0.05 * (q - start.flatten(1)).norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8)])
+def test_orthogonalising_keeps_the_singular_vectors_and_makes_the_values_about_one(shape):
+    matrices = torch.randn(shape)
+    U, S, V = torch.linalg.svd(matrices, full_matrices=False)
+    inside = U.mT @ train.orthogonalise(matrices) @ V.mT
+    torch.testing.assert_close(inside, torch.diag_embed(inside.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
+    assert inside.diagonal(dim1=1, dim2=2).min() > 0.68 and inside.max() < 1.21
 
 
 def test_the_moving_average_is_the_hand_sum_and_takes_the_batchnorm_statistics_along():
@@ -270,6 +283,19 @@ def test_hold_out_is_what_is_measured_and_said(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("hold-out accuracy")
 
 
+def test_fp16_scales_the_loss_for_both_optimizers_and_trains_like_float32(tmp_path):
+    flags = ["--epochs", "1", "--patch-size", "16", "--clip", "1", "--optimizer", "muon", "--lr", "0.01"]
+    weights = []
+    for amp in ("off", "fp16"):
+        run(tmp_path, "--name", amp, "--amp", amp, *flags)
+        last = train.load(tmp_path / amp / "last.pt")
+        weights.append(torch.cat([value.flatten() for value in last["model"].values()]))
+    assert last["scaler"]["scale"] >= 2**15  # at most one step was skipped, to find a scale that fits
+    start = train.make_model(config(*SMALL, *flags), data.load_dataset("shapes"))
+    start = torch.cat([value.flatten() for value in start.state_dict().values()])
+    assert (weights[0] - weights[1]).norm() < 0.1 * (weights[0] - start).norm()
+
+
 def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
@@ -284,7 +310,7 @@ def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, 
 
 @pytest.mark.parametrize("bf16, capability, triton, size, amp, compiled", [
     (True, (9, 0), True, "base", "bf16", True), (True, (9, 0), True, "tiny", "bf16", False),
-    (False, (7, 5), True, "base", "fp16", True), (False, (7, 5), True, "tiny", "off", False),  # tiny has Muon
+    (False, (7, 5), True, "base", "fp16", True), (False, (7, 5), True, "tiny", "fp16", False),
     (False, (6, 1), True, "base", "fp16", False), (True, (9, 0), False, "base", "bf16", False)])
 def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, triton, size, amp, compiled):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
