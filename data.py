@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torchvision.datasets.utils import check_integrity
 
 DATASETS = ("auto", "cifar10", "cifar100", "folder", "shapes")
@@ -156,7 +157,9 @@ def load_folder(data_dir):
         images = []
         for path, _ in files.samples:
             try:
-                images.append(np.asarray(crop(files.loader(path))))
+                with Image.open(path) as image:
+                    image = ImageOps.exif_transpose(image)  # cameras store which side is up in EXIF
+                    images.append(np.asarray(crop(image.convert("RGB"))))
             except Exception as error:  # PIL raises almost anything, by format and damage
                 raise InputError(f"cannot read the image {path} ({error}): mend or delete it") from None
         images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, C, S, S)
@@ -467,9 +470,11 @@ def trivial_augment(images, probability):
     varied = high > low  # a channel of one value has nothing to stretch
     out = torch.where(drew("autocontrast") & varied, (images - low) / (high - low).clamp(min=1 / 255), out)
 
-    # Equalize: a pixel's new value is the share of its channel's pixels that are not brighter.
+    # Equalize: a pixel's new value is the share of darker pixels in its channel, of those below the brightest level.
     level = (images * 255).round().long().flatten(2)  # (B, C, S*S)
     one = torch.ones_like(images).flatten(2)  # (B, C, S*S)
     count = torch.zeros(B, C, 256, device=images.device).scatter_add(2, level, one)  # (B, C, 256)
-    share = count.cumsum(dim=2).gather(2, level).view_as(images) / S**2  # (B, C, S, S)
+    darker = (count.cumsum(dim=2) - count).gather(2, level)  # (B, C, S*S)
+    brightest = count.gather(2, level.amax(dim=2, keepdim=True))  # (B, C, 1)
+    share = (darker / (S**2 - brightest).clamp(min=1)).view_as(images)  # (B, C, S, S)
     return torch.where(drew("equalize") & varied, share, out)

@@ -126,7 +126,7 @@ def load_teacher(path, dataset, device):
                          "--teacher")
     if not torch.allclose(about["mean"].cpu(), dataset.mean.cpu(), atol=1e-6):
         raise InputError(f"the teacher {path} was trained on other images than {dataset.name}'s (their mean colour is "
-                         "another): train it with the same --dataset and --hold-out")
+                         "another): train it with the same --dataset, --hold-out and --seed")
     return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
@@ -161,7 +161,7 @@ def start(config):
     config.name = given or ("distill-" if config.alpha else "control-") + config.name
     train.join_processes(config)
     folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
-    if config.resume and not os.path.exists(os.path.join(folder, "last.pt")):
+    if config.resume and not any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "model.pt")):
         # It was stopped before its first checkpoint, while the teacher trained perhaps.
         config.resume, config.overwrite = False, True
     if not config.alpha:

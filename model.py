@@ -24,8 +24,9 @@ class DropPath(nn.Module):
     """Stochastic depth: leave a residual branch out, for a random part of the images (Huang et al. 2016, 1603.09382).
 
     x (B, ...) of any float dtype -> the same shape and dtype. In training each image loses its branch with
-    probability `rate`, drawn anew for every image and call, and the others are scaled by 1 / (1 - rate), so that the
-    expected value is what evaluation computes, where nothing happens. ValueError unless 0 <= rate < 1.
+    probability `rate`, drawn anew for every image and call (the paper draws once for a batch), and the others are
+    scaled by 1 / (1 - rate), so that the expected value is what evaluation computes, where nothing happens. ValueError
+    unless 0 <= rate < 1.
     """
 
     def __init__(self, rate=0.0):
@@ -80,8 +81,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, H, E)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E)
         # The fused kernel never writes the N x N weights to memory, and never gets a mask: there is nothing to hide.
-        # Its backward pass is slow on CPUs, so training there takes the explicit path: 32 ms against 147 ms forward and
-        # backward, for 250 images of 64 tokens of width 256 in bf16 (README, "Speed").
+        # Its backward pass is slow on CPUs, so training there takes the explicit path: forward and backward in bf16
+        # took 32 ms against 147 ms, for 250 images of 64 tokens of width 256 (README, "Speed").
         if not return_weights and (x.device.type != "cpu" or not self.training):
             out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
         else:
@@ -231,8 +232,8 @@ def classifier(dim, num_classes):
 class TwoHeads(nn.Module):
     """A classifier each for the class token and the distillation token (DeiT, Touvron et al. 2021, 2012.12877).
 
-    x (B, 2, D) -> (B, K), the mean of both; but in training (B, 2, K), where the labels teach the first and another
-    model the second. Builds on classifier.
+    x (B, 2, D) -> (B, K), the mean of both heads' logits, as in DeiT's code; but in training (B, 2, K), where the
+    labels teach the first and another model the second. Builds on classifier.
     """
 
     def __init__(self, dim, num_classes):
@@ -270,8 +271,8 @@ class BasicBlock(nn.Module):
 
     x (B, C, S, S) -> (B, O, R, R); R is S, or S / 2 with downsample="stride" or "pool". "stride" is ResNet's own:
     the first convolution steps over every other pixel. "pool" computes it everywhere and keeps the largest of each
-    2 x 2: four times the arithmetic in that layer. ResNet's activation is "relu"; "gelu" learns faster. ValueError for
-    another downsample or activation.
+    2 x 2: four times the arithmetic in that layer. ResNet's own activation is "relu". ValueError for another
+    downsample or activation than "relu" and "gelu".
     """
 
     def __init__(self, in_channels, out_channels, downsample=None, activation="relu"):
@@ -332,8 +333,8 @@ def whiten(layer, images):
 
     images (B, C, S, S), float, normalised, on the layer's device. Changes the layer's weight, (O, C, P, P) or
     (D, C*P*P), in place. Neighbouring pixels are alike, so random filters nearly all see a patch's mean colour. The
-    components see what is independent of each other (whitened patches: Jordan 2024, 2404.00498, section 3.2). Builds
-    on PatchEmbed.
+    components are uncorrelated (whitened patches: Jordan 2024, 2404.00498, section 3.2; there they stay as they are,
+    here they are trained). Builds on PatchEmbed.
     """
     P = layer.patch_size if isinstance(layer, PatchEmbed) else layer.kernel_size[0]
     patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)

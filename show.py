@@ -295,16 +295,37 @@ def mean_and_std(values, sign=""):
     return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
-def as_markdown(title, head, lines, logs):
-    """A Markdown table under the machine of most rows; the others are listed below it. logs: {row: its logs}."""
-    machines = {}
-    for name, runs in logs.items():
-        machine = "; ".join(sorted({f"{log[0]['machine']}, torch {log[0]['torch']}, {log[0]['amp']}" for log in runs}))
-        machines.setdefault(machine.replace(" 1 threads", " 1 thread"), []).append(name)
-    first, *others = sorted(machines, key=lambda machine: -len(machines[machine])) or ["no machine yet"]
+def setting(log):
+    """Where a run was made and in which precision: what its seconds depend on."""
+    machine, precision = log[0]["machine"].replace(" 1 threads", " 1 thread"), log[0]["amp"]
+    return f"{machine}, {'float32' if precision == 'off' else precision}"
+
+
+def same_setting(logs):
+    """Those of a row's runs that are alike, the most: seconds on unlike machines have no mean."""
+    settings = [setting(log) for log in logs]
+    return [log for log in logs if setting(log) == statistics.mode(settings)]
+
+
+def as_markdown(title, head, lines, rows):
+    """A Markdown table under the machine of most runs; the others are listed below it. rows: {name: its logs}."""
+    place = lambda log: f"{setting(log)}, torch {log[0]['torch']}"
+    places = [place(log) for logs in rows.values() for log in logs]
+    first = statistics.mode(places) if places else "no machine yet"
     table = "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
-    notes = "".join(f"\n{', '.join(machines[other])}: on {other}.\n" for other in others)
-    return f"{title}, on {first}:\n\n{table}{notes}"
+    for other in sorted(set(places) - {first}, key=lambda other: -places.count(other)):
+        there = []
+        for name, logs in rows.items():
+            some = [log for log in logs if place(log) == other]
+            part = f" ({len(some)} of {len(logs)} runs: {mean(some, 'seconds'):.0f} s)" if len(some) < len(logs) else ""
+            there += [name + part] if some else []
+        table += f"\n{', '.join(there)}: on {other}.\n"
+    return f"{title}, on {first}:\n\n{table}"
+
+
+def mean(logs, key):
+    """The mean over runs of what their last line says."""
+    return statistics.mean(log[-1][key] for log in logs)
 
 
 def markdown_table(size):
@@ -323,12 +344,12 @@ def markdown_table(size):
         if not logs:
             lines.append([name, "not run", *["-"] * 7, command])
             continue
-        start, mean = logs[0][0], lambda key: statistics.mean(log[-1][key] for log in logs)
+        start, alike = logs[0][0], same_setting(logs)
         config = [line["config"] for line in logs[0] if "config" in line][-1]  # --resume can have changed the epochs
         lines.append([name, mean_and_std([100 * log[-1]["test_accuracy"] for log in logs]), str(len(logs)),
                       f"{start['parameters'] / 1e6:.2f}", f"{start['forward_flops'] / 1e9:.3f}",
-                      str(config["epochs"]), f"{mean('seconds'):.0f}", f"{mean('images_per_second'):.0f}",
-                      f"{mean('peak_memory_bytes') / 1e9:.2f}", command])
+                      str(config["epochs"]), f"{mean(alike, 'seconds'):.0f}", f"{mean(alike, 'images_per_second'):.0f}",
+                      f"{mean(alike, 'peak_memory_bytes') / 1e9:.2f}", command])
         shown[name] = logs
     return as_markdown(size, head, lines, shown)
 
@@ -343,11 +364,11 @@ def ablation_table(size):
             continue
         accuracy = {seed: 100 * log[-1]["test_accuracy"] for seed, log in logs.items()}
         gain = [value - 100 * base[seed][-1]["test_accuracy"] for seed, value in accuracy.items() if seed in base]
-        start, seconds = next(iter(logs.values()))[0], statistics.mean(log[-1]["seconds"] for log in logs.values())
+        start, seconds = next(iter(logs.values()))[0], mean(same_setting(logs.values()), "seconds")
         lines.append([name, mean_and_std(accuracy.values()), mean_and_std(gain, "+") if gain else "-", base_name,
                       str(len(gain)), f"{start['forward_flops'] / 1e9:.3f}", f"{seconds:.0f}",
                       f"`python {command} --size {size}`"])
-        shown[name] = logs.values()
+        shown[name] = list(logs.values())
     if not lines:
         return ""
     head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]

@@ -86,7 +86,7 @@ class Config:
     lr: float = option(None, "peak learning rate of AdamW", low=0)
     muon_lr: float = option(None, "peak learning rate of Muon, scaled to match AdamW's update size", low=0)
     momentum: float = option(None, "momentum of Muon", low=0, high=0.999)
-    weight_decay: float = option(None, "pull of weights towards zero; a step takes lr times this part of them", low=0)
+    weight_decay: float = option(None, "each step shrinks the weights by lr times this", low=0)
     warmup: float = option(None, "epochs over which the learning rate rises from 0", low=0)
     schedule: str = option(None, "how the learning rate falls to 0 afterwards", choices=("cosine", "linear"))
     clip: float = option(None, "largest norm of the gradient; 0: no clipping", low=0)
@@ -188,12 +188,15 @@ def resolve(config):
     foreign = {name for other in PRESETS.values() for name in other} - set(preset)  # options of other models
     if config.model == "resnet18":
         foreign |= {"encoder", "pool"}
+    optimizer = config.optimizer or preset["optimizer"]
     for field in dataclasses.fields(config):
         given = getattr(config, field.name) != field.default
         if field.name in foreign:
             if given:
                 raise InputError(f"{flag_of(field)} means nothing to a {config.model}: leave it out")
             setattr(config, field.name, None)
+        elif field.name in ("muon_lr", "momentum") and given and optimizer != "muon":
+            raise InputError(f"{flag_of(field)} means nothing to {optimizer}: leave it out, or add --optimizer muon")
         elif field.name in preset and not given:
             setattr(config, field.name, preset[field.name])
     for field in dataclasses.fields(config):
@@ -268,8 +271,8 @@ def split_parameters(model):
 def orthogonalise(matrices, dtype=torch.float32):
     """The orthogonal matrix near each one: of the singular value decomposition U S V^T, U V^T, roughly.
 
-    matrices float (n, O, I) -> the same shape, in `dtype`. Five steps of a Newton-Schulz iteration, an odd polynomial of
-    the matrix, which leaves U and V alone. It takes singular values from 0.002 to 1 to between 0.68 and 1.21, and needs
+    matrices float (n, O, I) -> the same shape, in `dtype`. Five steps of a Newton-Schulz iteration, an odd polynomial
+    of the matrix, which leaves U and V alone: singular values between 0.002 and 1 end between 0.68 and 1.21. It needs
     only matrix products, for which bf16 is precise enough.
     """
     tall = matrices.shape[1] > matrices.shape[2]
@@ -306,11 +309,14 @@ class Muon(torch.optim.Optimizer):
             for shape, params in alike.items():
                 updates = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    if p not in self.state:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(1))  # Nesterov; (O, C*k*k)
                 updates = orthogonalise(torch.stack(updates), self.dtype)  # (n, O, C*k*k)
-                scale = 0.2 * max(updates.shape[1:]) ** 0.5  # an orthogonal update's entries are this much too small
+                # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
+                scale = 0.2 * max(updates.shape[1:]) ** 0.5
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.reshape(shape), alpha=-group["lr"] * scale)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as tv
+from PIL import Image
 
 import data
 
@@ -155,13 +156,14 @@ OPERATIONS = {
     "posterize": (lambda x, m, s: tv.posterize(byte(x), 8 - round(6 * m)) / 255, 1e-5),
     "solarize": (lambda x, m, s: tv.solarize(x, 1 - m), 1e-5),
     "autocontrast": (lambda x, m, s: tv.autocontrast(x), 1e-5),
-    "equalize": (lambda x, m, s: tv.equalize(byte(x).repeat(1, 8, 8))[:, :32, :32] / 255, 0.03),
+    "equalize": (lambda x, m, s: tv.equalize(byte(x).repeat(1, 8, 8))[:, :32, :32] / 255, 0.01),
 }
 
 
 def test_trivial_augment_operations():
     """Each image gets the operation it drew, as torchvision does it, at its own strength; one in four gets none."""
     B, before = 500, byte(noise(500, 3, 32, 32) * 0.7 + 0.1) / 255
+    before[::2, :, :12] = before[::2, :, :1, :1]  # every other image has a large area of one colour
     after = replay(data.trivial_augment, before, 0.75)
     draws = torch.randint(14, (B,)).tolist(), uniform(B), uniform(B), uniform(B)
     for i, (op, coin, strength, sign) in enumerate(zip(*draws)):
@@ -242,6 +244,18 @@ def test_folder(tmp_path, monkeypatch):
     assert torch.equal(dataset.test_images[3], byte(noise(3, 32, 32, seed=1)))
     (tmp_path / "both" / "test").rename(tmp_path / "both" / "valid")
     assert torch.equal(data.load_dataset("folder").test_images, dataset.test_images)
+
+
+def test_a_photo_that_lies_on_its_side_is_turned(tmp_path):
+    upright = Image.new("RGB", (32, 32), "red")
+    upright.paste("blue", (0, 0, 32, 16))  # the sky
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the file's left is the picture's top
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name, 5)
+        upright.rotate(90).save(tmp_path / name / "0.png", exif=exif)
+    near(data.load_dataset("folder", str(tmp_path)).train_images[0].float(),
+         torch.from_numpy(np.array(upright)).permute(2, 0, 1).float(), 1)
 
 
 def test_folder_that_cannot_be_used(tmp_path):

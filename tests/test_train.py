@@ -81,6 +81,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--model", "resnet18", "--dim", "8"], "--dim"), (["--batch-size", "100000"], "--batch-size"),
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
+    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"),
     (["--out", "/dev/null"], "--out"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
