@@ -110,6 +110,8 @@ def train_teacher(config):
         teacher.overwrite = not teacher.resume
         print(f"first the teacher, {folder}")
         train.run(teacher)
+        # Or what was compiled for its batch size would make the student's an unknown number, a slower program.
+        torch.compiler.reset()
         print()
     return path
 
@@ -132,18 +134,14 @@ def load_teacher(path, dataset, device):
 
 def seconds_per_step(teacher, dataset, config):
     """What the teacher adds to a training step: the seconds of one forward pass, the median of five."""
-    def wait():
-        if config.device != "cpu":
-            getattr(torch, config.device).synchronize()
-
     images, _ = next(test_batches(dataset, config.batch_size))  # (B, C, S, S)
     seconds = []
     for _ in range(7):  # two to warm up, and to compile
-        wait()
+        train.wait(config.device)
         start = time.perf_counter()
         with torch.no_grad(), make_autocast(config):
             teacher(images)
-        wait()
+        train.wait(config.device)
         seconds.append(time.perf_counter() - start)
     return sorted(seconds[2:])[2]
 

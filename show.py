@@ -317,8 +317,9 @@ def as_markdown(title, head, lines, rows):
         there = []
         for name, logs in rows.items():
             some = [log for log in logs if place(log) == other]
-            part = f" ({len(some)} of {len(logs)} runs: {mean(some, 'seconds'):.0f} s)" if len(some) < len(logs) else ""
-            there += [name + part] if some else []
+            if some:
+                part = f" ({len(some)} of {len(logs)} runs: {mean(some, 'seconds'):.0f} s)"
+                there.append(name + (part if len(some) < len(logs) else ""))
         table += f"\n{', '.join(there)}: on {other}.\n"
     return f"{title}, on {first}:\n\n{table}"
 
@@ -372,7 +373,7 @@ def ablation_table(size):
     if not lines:
         return ""
     head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
-    rest = f"\nNot run: {', '.join(missing)}.\n" if missing else ""
+    rest = f"\nNot run: {len(missing)} more that `results/reproduce.sh` has.\n" if missing else ""
     return as_markdown(f"{size}, ablations", head, lines, shown) + rest
 
 

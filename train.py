@@ -75,6 +75,9 @@ class Config:
                           choices=("explicit", "builtin"))
     pool: str = option("mean", "classify the mean of the tokens, or a class token", choices=("mean", "cls"))
 
+    whiten: str = option("on", "start the first layer from the principal components of the training images",
+                         choices=("on", "off"))
+
     dataset: str = option("auto", "auto: CIFAR-10 from --data-dir or downloaded, else shapes", choices=DATASETS)
     data_dir: str = option(None, "where the data set lies or is downloaded to (default: $DATA_DIR, else ./data)")
     hold_out: int = option(0, "tune on this many images split off the training set; the test set is left alone", low=0)
@@ -125,8 +128,8 @@ NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0
 TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,
             momentum=0.6, weight_decay=0.01, warmup=0.2, schedule="linear", clip=0.0, ema=0.0)
 BASE = dict(crop=4, trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0, epochs=200,
-            batch_size=512, optimizer="adamw", lr=1e-3, muon_lr=0.005, momentum=0.95, weight_decay=0.05,
-            warmup=10.0, schedule="cosine", clip=1.0, ema=0.9995)
+            batch_size=512, optimizer="adamw", lr=2e-3, muon_lr=0.005, momentum=0.95, weight_decay=0.1,
+            warmup=10.0, schedule="cosine", clip=1.0, ema=0.998)
 PRESETS = {
     ("vit", "tiny"): dict(TINY, epochs=4, lr=2e-3, muon_lr=0.01, momentum=0.9, patch_size=4, dim=256, depth=4, heads=4,
                           drop_path=0.0, gamma_init=1.0),
@@ -230,9 +233,9 @@ def make_model(config, dataset):
     """The model of a resolved config, on the CPU. Its weights depend on the seed and the training images alone."""
     torch.manual_seed(config.seed)
     model = build_model(config.model, **model_options(config, len(dataset.classes)))
-    # What this gains is in the README, under "Read it".
-    sample = dataset.train_images[:: max(1, len(dataset.train_images) // 5000)]
-    whiten(model.trunk[0] if hasattr(model, "trunk") else model.patch_embed, dataset.normalise(sample).cpu())
+    if config.whiten == "on":  # what this gains is in the README, under "Read it"
+        sample = dataset.train_images[:: max(1, len(dataset.train_images) // 5000)]
+        whiten(model.trunk[0] if hasattr(model, "trunk") else model.patch_embed, dataset.normalise(sample).cpu())
     return model
 
 
@@ -339,6 +342,16 @@ def make_optimizers(model, config):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def clip_gradients(model, largest):
+    """Scale all gradients down together, so that their norm is at most `largest`.
+
+    If one is nan, the others become 0, not nan: a GradScaler skips the optimizer that has it, and the other stands.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters]).nan_to_num(nan=math.inf, posinf=math.inf)
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
 
 def float_state(model):
@@ -500,6 +513,12 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def wait(device):
+    """Until the device has done all that it was told to."""
+    if device != "cpu":
+        getattr(torch, device).synchronize()
+
+
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
@@ -619,12 +638,24 @@ def check_finite(losses, step, model, lr):
     for at, loss in enumerate(losses, start=step - len(losses)):
         if not math.isfinite(loss):
             stop(f"the loss became {loss}", at)
-    if not all(p.isfinite().all() for p in model.parameters()):
+    if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
         stop("a weight became infinite or nan", step - 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
+
+def count_steps(config, images, processes):
+    """Steps of an epoch, of the run, and of its warm-up. InputError if the batch size does not fit."""
+    steps_per_epoch = images // config.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(f"--batch-size {config.batch_size} is more than the {images} training images")
+    if config.batch_size % processes:
+        raise InputError(f"--batch-size {config.batch_size} is not divisible by {processes} processes")
+    total_steps = config.epochs * steps_per_epoch
+    # The warm-up is in epochs, so that --epochs leaves it alone, but never more than a fifth of a short run.
+    return steps_per_epoch, total_steps, min(round(config.warmup * steps_per_epoch), total_steps // 5)
+
 
 def run(config, loss_function=cross_entropy, start=START, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
@@ -643,20 +674,14 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
     data = dict(name=dataset.name, train=len(dataset.train_labels), test=len(dataset.test_labels),
                  test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back)
-    steps_per_epoch = data["train"] // config.batch_size
-    if steps_per_epoch == 0:
-        raise InputError(f"--batch-size {config.batch_size} is more than the {data['train']} training images")
-    if config.batch_size % processes:
-        raise InputError(f"--batch-size {config.batch_size} is not divisible by {processes} processes")
-    total_steps, warmup_steps = config.epochs * steps_per_epoch, round(config.warmup * steps_per_epoch)
-    if warmup_steps >= total_steps:
-        warmup_steps = total_steps // 10  # a run shorter than its preset's warm-up
+    steps_per_epoch, total_steps, warmup_steps = count_steps(config, data["train"], processes)
     lr = lambda step, peak=config.lr: lr_at(step, total_steps, warmup_steps, peak, config.schedule)
     folder = os.path.join(config.out, config.name)
     if rank == 0:
         checkpoint = open_run(config)
     else:
         checkpoint = load(os.path.join(folder, "last.pt"), config.device) if config.resume else None
+    recipe = {name: getattr(config, name) for name in ("crop", *NO_REGULARISATION)}  # of train_batches
     options = model_options(config, len(dataset.classes))
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
     model = make_model(config, dataset)
@@ -668,7 +693,6 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     optimizers = make_optimizers(model, config)
     averaged = copy.deepcopy(model) if config.ema else model  # the weights that are evaluated and kept
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    use_fast_kernels()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if compiled:
@@ -686,10 +710,13 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     if checkpoint:
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
         start -= seconds  # the clock goes on from where it stood
+        del checkpoint  # and its copy of the weights
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0
 
     def save_last():
+        """Write last.pt. A run that was asked to stop ends here."""
         nonlocal last_save, save_seconds
         began = time.perf_counter()
         if rank == 0:
@@ -698,6 +725,9 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                       **{name: part.state_dict() for name, part in stateful.items()}), os.path.join(folder, "last.pt"))
         last_save = time.perf_counter()
         save_seconds = last_save - began
+        if stopped_by and step < total_steps:
+            print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it")
+            raise SystemExit(128 + stopped_by[0])
 
     def log(event, **values):
         if rank > 0:
@@ -719,21 +749,18 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
     accuracy = None
-    first_step, training_start = step, time.perf_counter()
+    first_step, first_step_seconds, training_start = step, None, time.perf_counter()
     time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - first_step))
     for epoch in range(step // steps_per_epoch, config.epochs):
         model.train()
         epoch_start, shown = time.perf_counter(), time.perf_counter()
         done = step % steps_per_epoch  # of this epoch, more than 0 only after a resume
-        batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done, crop=config.crop,
-                                trivial=config.trivial, jitter=config.jitter, erasing=config.erasing,
-                                label_smoothing=config.label_smoothing, mixup=config.mixup, cutmix=config.cutmix)
+        batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done, **recipe)
         for i, (images, targets) in enumerate(batches, start=done):
             # All of it, if there is one process: (B, C, S, S) and (B, K).
             images, targets = images[rank::processes], targets[rank::processes]
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr(step, group["peak_lr"])
+            for group in groups:
+                group["lr"] = lr(step, group["peak_lr"])
             with autocast:
                 logits = parallel(images)  # (B, K), or (B, 2, K) with a distillation token
             loss, parts = loss_function(logits.float(), targets, images)
@@ -741,12 +768,12 @@ def run(config, loss_function=cross_entropy, start=START, **about):
             if config.clip:
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                clip_gradients(model, config.clip)
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
             model.zero_grad()
-            if averaged is not model:  # the decay starts low, so that the first weights do not linger
+            if averaged is not model:  # at first over a ninth of the steps so far: the first weights are forgotten
                 decay = min(config.ema, (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
             for name, value in {"loss": loss, "floor": entropy(targets), **parts}.items():
@@ -755,19 +782,18 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                 curves[name][i] = value.detach()
             step += 1
 
+            if first_step_seconds is None:  # it also compiles, and a GPU chooses its convolutions
+                wait(config.device)
+                first_step_seconds = time.perf_counter() - training_start
             now = time.perf_counter()
             if i + 1 < steps_per_epoch and (stopped_by or now - last_save > 300):
                 check_finite(curves["loss"][: i + 1].tolist(), step, model, lr)
                 save_last()
-                if stopped_by:
-                    break
             if sys.stdout.isatty() and now - shown > 1 and now - epoch_start > 3:
                 shown, speed = now, (i + 1 - done) * config.batch_size / (now - epoch_start)
                 print(f"\r{epoch + 1:5d}: step {i + 1} of {steps_per_epoch}, {speed:.0f} images/s, "
                       f"{time_left()} left  ", end="", flush=True)
 
-        if step < (epoch + 1) * steps_per_epoch:
-            break  # stopped
         if processes > 1:
             for curve in curves.values():
                 dist.all_reduce(curve.div_(processes))
@@ -787,24 +813,21 @@ def run(config, loss_function=cross_entropy, start=START, **about):
         # At most 1 % of the time goes into this: short epochs are not all saved.
         if stopped_by or epoch + 1 == config.epochs or time.perf_counter() - last_save >= 100 * save_seconds:
             save_last()
-        if stopped_by:
-            break
 
-    if stopped_by and step < total_steps:
-        print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it")
-        raise SystemExit(128 + stopped_by[0])
     if accuracy is None:  # resumed after its last epoch
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
     model_path = os.path.join(folder, "model.pt")
-    weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
     if rank == 0:
+        weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
         save(dict(model=config.model, options=options, classes=dataset.classes, mean=dataset.mean.cpu(),
                   std=dataset.std.cpu(), state_dict=weights), model_path)
     seconds = time.perf_counter() - start
     speed = float(np.median(speeds[1:] or speeds or [0]))  # the first epoch also compiles
+    training_seconds = sum(steps_per_epoch * config.batch_size / speed for speed in speeds)  # evaluations left out
     log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
         hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,
-        images_per_second=speed, peak_memory_bytes=peak_memory(config.device))
+        training_seconds=training_seconds, first_step_seconds=first_step_seconds, images_per_second=speed,
+        peak_memory_bytes=peak_memory(config.device))
     print(f"{note}{dataset.test_split} accuracy {accuracy:.4f} (last epoch, no TTA) in {seconds:.0f} s, {model_path}")
     if processes > 1:
         dist.barrier()  # nobody leaves before the files are written
@@ -823,6 +846,7 @@ def on_signal(number, _):
 
 def main(config_class=Config, start=lambda config: run(resolve(config))):
     """Run the command line. What the person can fix ends in one sentence on stderr and a non-zero exit status."""
+    use_fast_kernels()
     if "LOCAL_RANK" not in os.environ:  # torchrun ends its processes by itself, and they could not agree on a step
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)

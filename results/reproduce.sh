@@ -32,6 +32,7 @@ ablations() {
 patch-2            both  vit            train.py --model vit --patch-size 2
 patch-8            both  vit            train.py --model vit --patch-size 8
 cls                both  vit            train.py --model vit --pool cls
+not-whitened       both  vit            train.py --model vit --whiten off
 gamma-none         both  vit            train.py --model vit --gamma-init none
 gamma-1e-5         both  vit            train.py --model vit --gamma-init 1e-5
 gamma-1e-4         tiny  vit            train.py --model vit --gamma-init 1e-4
@@ -39,8 +40,8 @@ gamma-1e-2         both  vit            train.py --model vit --gamma-init 1e-2
 gamma-0.1          both  vit            train.py --model vit --gamma-init 0.1
 gamma-1            base  vit            train.py --model vit --gamma-init 1
 adamw-5e-4         both  vit            train.py --model vit --optimizer adamw --lr 5e-4
-adamw-1e-3         tiny  vit            train.py --model vit --optimizer adamw --lr 1e-3
-adamw-2e-3         both  vit            train.py --model vit --optimizer adamw --lr 2e-3
+adamw-1e-3         both  vit            train.py --model vit --optimizer adamw --lr 1e-3
+adamw-2e-3         tiny  vit            train.py --model vit --optimizer adamw --lr 2e-3
 adamw-4e-3         both  vit            train.py --model vit --optimizer adamw --lr 4e-3
 muon-0.005         both  vit            train.py --model vit --optimizer muon --muon-lr 0.005
 muon-0.01          base  vit            train.py --model vit --optimizer muon --muon-lr 0.01
@@ -53,7 +54,8 @@ basic-smoothing    base  basic          train.py --model vit --recipe basic --la
 basic-mixup        both  basic          train.py --model vit --recipe basic --mixup 0.8
 basic-cutmix       both  basic          train.py --model vit --recipe basic --cutmix 1
 basic-drop-path    both  basic          train.py --model vit --recipe basic --drop-path 0.1
-basic-ema          base  basic          train.py --model vit --recipe basic --ema 0.9995
+basic-ema          base  basic          train.py --model vit --recipe basic --ema 0.998
+hybrid-plain       base  hybrid-builtin train.py --model hybrid --drop-path 0 --gamma-init none
 no-trivial         base  vit            train.py --model vit --trivial 0
 no-jitter          base  vit            train.py --model vit --jitter 0
 no-erasing         base  vit            train.py --model vit --erasing 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bench
+import show
 import train
 from model import build_model
 
@@ -87,6 +88,40 @@ def test_scaling_measures_each_point_and_says_where_the_memory_ends(monkeypatch,
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == len(asked) == 10 and capsys.readouterr().out.count("out of memory") == 1
     assert all(row["images_per_second"] > 0 and row["peak_bytes"] > 1e8 for row in rows if row["value"] != 1000)
+
+
+def test_the_shortest_schedule_that_passes_a_mark_is_found(monkeypatch, capsys):
+    reached, made = {1: 0.5, 2: 0.7, 3: 0.8, 4: 0.85, 5: 0.899, 6: 0.91, 7: 0.92, 8: 0.93}, []
+
+    def trained(args, model, epochs, seed):
+        made.append((epochs, seed))
+        spread = 0.008 * (seed - 1)
+        return [{}, dict(accuracy=reached.get(epochs, 0.935) + spread),
+                dict(training_seconds=10 * epochs + 4, first_step_seconds=4)]
+    monkeypatch.setattr(bench, "trained", trained)
+    bench.main(["accuracy", "--device", "cpu", "--models", "hybrid", "--seeds", "3", "--marks", "0.99", "0.9", "0.7",
+                "--most-epochs", "9", "--flags", "--optimizer adamw"])
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    command = "`python train.py --model hybrid --size tiny --optimizer adamw"
+    assert rows == [f"| 70% | 2 | 70.00 ± 0.80 | 3 | 20.0 | 4.0 | {command} --epochs 2` |",
+                    f"| 90% | 6 | 91.00 ± 0.80 | 3 | 60.0 | 4.0 | {command} --epochs 6` |",
+                    f"| 99% | more than 9 | - | - | - | - | {command}` |"]
+    assert (1, 1) not in made and (4, 1) not in made  # far too short: seed 0 says so
+    assert (5, 2) in made  # 89.9 % on average fails, though one seed passes
+
+
+def test_a_run_to_a_mark_is_made_once(tmp_path, capsys):
+    flags = ["accuracy", "--device", "cpu", "--models", "vit", "--seeds", "1", "--marks", "0.05", "--dataset", "shapes",
+             "--flags", "--patch-size 16 --dim 16 --heads 1", "--out", str(tmp_path)]
+    outputs = []
+    for _ in range(2):
+        bench.main(flags)
+        outputs.append(capsys.readouterr())
+    assert outputs[0].out == outputs[1].out and "| 5% | 1 |" in outputs[0].out
+    assert "vit-tiny-1-0: 0." in outputs[0].err and not outputs[1].err
+    assert 0 < show.read_log(tmp_path / "vit-tiny-1-0" / "log.jsonl")[-1]["first_step_seconds"] < 30
+    with pytest.raises(SystemExit, match="vit-tiny-1-0 failed"):
+        bench.main([*flags, "--flags", "--optimizer sgd", "--out", str(tmp_path / "other")])
 
 
 def test_a_batch_that_is_too_large_is_an_error():

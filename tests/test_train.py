@@ -163,6 +163,20 @@ def test_orthogonalising_keeps_the_singular_vectors_and_makes_the_values_about_o
     assert inside.diagonal(dim1=1, dim2=2).min() > 0.68 and inside.max() < 1.21
 
 
+def test_clipping_is_torchs_and_a_nan_stays_where_it_is():
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    for largest in (1.0, 100.0):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = 10 * torch.randn_like(p)
+            q.grad = p.grad.clone()
+        train.clip_gradients(ours, largest)
+        nn.utils.clip_grad_norm_(theirs.parameters(), largest)
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters()))
+    ours.bias.grad[0] = math.nan
+    train.clip_gradients(ours, 1.0)
+    assert ours.bias.grad.isnan().any() and (ours.weight.grad == 0).all()
+
+
 def test_the_moving_average_is_the_hand_sum_and_takes_the_batchnorm_statistics_along():
     model, averaged = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     for tensor in (model.weight.data, model.running_mean):
