@@ -189,7 +189,7 @@ def resolve(config):
     if config.encoder == "builtin":
         preset.update(drop_path=0.0, gamma_init=None)
     foreign = {name for other in PRESETS.values() for name in other} - set(preset)  # options of other models
-    if config.model == "resnet18":
+    if "dim" not in preset:
         foreign |= {"encoder", "pool"}
     optimizer = config.optimizer or preset["optimizer"]
     for field in dataclasses.fields(config):
@@ -221,10 +221,10 @@ def resolve(config):
 def model_options(config, num_classes):
     """The keyword arguments with which build_model makes the model of a resolved config."""
     options = dict(FIXED.get((config.model, config.size), {}), num_classes=num_classes)
-    if config.model != "resnet18":
+    if config.dim is not None:
         options.update(dim=config.dim, depth=config.depth, num_heads=config.heads, drop_path=config.drop_path,
                        gamma_init=config.gamma_init, pool=config.pool, encoder=config.encoder)
-    if config.model == "vit":
+    if config.patch_size is not None:
         options["patch_size"] = config.patch_size
     return options
 

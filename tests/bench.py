@@ -3,7 +3,7 @@
     python tests/bench.py                      our models: images/s, the parts of a step, memory
     python tests/bench.py --peer torchvision   beside them torchvision's models, in the usual loop and in ours
     python tests/bench.py scaling              the ViT's images/s and memory by batch size, patch size and depth
-    python tests/bench.py traps                attention's kernels at 64 and 65 tokens; max-autotune; compiled DropPath
+    python tests/bench.py traps                attention's kernels at 64 and 65 tokens; Muon; max-autotune; DropPath
     python tests/bench.py accuracy             the fewest epochs, and seconds, to 90, 94, 95 and 96 % on the test set
 
 Images/s are of whole training steps, augmentation included: the median over windows in which the contestants take
@@ -40,9 +40,10 @@ from torchvision.transforms import v2
 import show
 import train
 from data import DATASETS, InputError, entropy, load_dataset, train_batches
-from model import Attention, DropPath
+from model import Attention, DropPath, build_model
 
 PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
 def matrix_rate(config):
     """Floating point operations a second of a large product, in the precision of the config's autocast."""
     n = 8192 if config.device == "cuda" else 2048
-    dtype = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)[train.choose_amp(config)]
+    dtype = DTYPES[train.choose_amp(config)]
     a, b = (torch.randn(n, n, device=config.device, dtype=dtype) for _ in range(2))
     timer = Timer("a @ b", globals=dict(a=a, b=b), num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.blocked_autorange(min_run_time=1).median
@@ -379,13 +380,21 @@ def accuracy(args):
 
 
 def traps(args):
-    """What is known to go wrong: slow or nan attention kernels, nan under max-autotune, one draw for a whole batch."""
+    """What is known to go wrong: slow or nan attention kernels, Muon in emulated bf16, nan under max-autotune, one draw
+    for a whole batch."""
     device, rows = args.device, []
+    config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size, "--optimizer", "muon")))
+    dtype = DTYPES[train.choose_amp(config)]
+
+    def milliseconds(statement, names):
+        timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+        return f"{1000 * timer.blocked_autorange(min_run_time=args.seconds).median:.2f} ms"
+
     B, H, E = (512, 6, 64) if device == "cuda" else (250, 4, 64)
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
     for N in (64, 65):
-        qkv = torch.randn(B, N, 3, H, E, device=device, dtype=torch.bfloat16, requires_grad=True)
-        grad = torch.randn(B, H, N, E, device=device, dtype=torch.bfloat16)
+        qkv = torch.randn(B, N, 3, H, E, device=device, dtype=dtype, requires_grad=True)
+        grad = torch.randn(B, H, N, E, device=device, dtype=dtype)
 
         def forward_and_backward(kernel):
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E) each, laid out as in the model
@@ -399,8 +408,7 @@ def traps(args):
         for kernel in [*kernels, None]:
             try:
                 finite = forward_and_backward(kernel).isfinite().all()
-                timer = Timer("forward_and_backward(kernel)", globals=locals(), num_threads=torch.get_num_threads())
-                outcome = f"{1000 * timer.blocked_autorange(min_run_time=args.seconds).median:.2f} ms"
+                outcome = milliseconds("forward_and_backward(kernel)", locals())
                 outcome += "" if finite else ", NAN in the gradient"
             except torch.OutOfMemoryError:
                 outcome = "out of memory"
@@ -408,6 +416,14 @@ def traps(args):
                 outcome = "not available"
             rows.append(dict(trap=f"attention, forward and backward, {B} x {H} x {N} x {E}: "
                                   f"{kernel.name.lower() if kernel else 'written out'}", outcome=outcome))
+    model = build_model(config.model, **train.model_options(config, 10)).to(device)
+    matrices, _, _ = train.split_parameters(model)
+    for p in matrices:
+        p.grad = torch.randn_like(p)
+    muons = {"torch.optim.Muon": torch.optim.Muon(matrices), "ours": train.make_optimizers(model, config)[0]}
+    for who, muon in muons.items():
+        rows.append(dict(trap=f"Muon, a step of the {args.size} ViT's {len(matrices)} matrices: {who}",
+                         outcome=milliseconds("muon.step()", locals())))
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")
