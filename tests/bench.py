@@ -481,7 +481,8 @@ def markdown(result):
         lines = [[row["trap"], row["outcome"]] for row in result["rows"] if row["outcome"] != "not available"]
     rate = (f"; MFU: of the {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s that a large matrix product reaches"
             if "matrix_flops_per_second" in result else "")
-    return (f"On {result['machine']}, torch {result['torch']}, {result['amp']}, "
+    precision = "float32" if result["amp"] == "off" else result["amp"]
+    return (f"On {result['machine']}, torch {result['torch']}, {precision}, "
             f"{'compiled' if result['compiled'] else 'not compiled'}{rate}:\n\n"
             + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in [head, ["---"] * len(head), *lines]))
 
