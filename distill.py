@@ -158,8 +158,11 @@ def start(config):
     config = train.resolve(config)
     config.name = given or ("distill-" if config.alpha else "control-") + config.name
     train.join_processes(config)
+    train.use_fast_kernels()
     folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
-    if config.resume and not any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "model.pt")):
+    if config.resume and not os.path.exists(os.path.join(folder, "last.pt")):
+        if os.path.exists(os.path.join(folder, "model.pt")):
+            raise InputError(f"{folder} has no last.pt to resume from: choose another --name, or --overwrite it")
         # It was stopped before its first checkpoint, while the teacher trained perhaps.
         config.resume, config.overwrite = False, True
     if not config.alpha:

@@ -124,7 +124,7 @@ class Ours:
         if self.config.clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            train.clip_gradients(self.model, self.config.clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -316,28 +316,38 @@ def scaling(args):
     return dict(matrix_flops_per_second=rate, rows=rows)
 
 
-def finished(path):
-    """The log of that path if its run has ended, else None."""
+def finished(path, config):
+    """The last line of that log if its run has ended and was one of this config on this machine, else None."""
     try:
-        log = show.read_log(path)
-    except InputError:  # there is none, or it was cut off
+        start, *_, end = show.read_log(path)
+    except (InputError, ValueError):  # there is none, or it was cut off
         return None
-    return log if log[-1]["event"] == "end" else None
+    same = all(start["config"].get(name) == value for name, value in vars(config).items()
+               if name not in train.FREE_FIELDS or name in ("epochs", "compile"))
+    same = same and start["machine"] == train.describe_machine(config.device)["machine"]
+    return end if same and start["event"] == "start" and end["event"] == "end" else None
 
 
 def trained(args, model, epochs, seed):
-    """The log of one run of train.py, which is made now unless --out has it."""
+    """The last line of the log of one run of train.py, which is made now unless --out has it."""
     name = f"{model}-{args.size}-{epochs}-{seed}"
     path = os.path.join(args.out, name, "log.jsonl")
-    log = finished(path)
-    if not log:
-        argv = command_line(args, model, args.size, *shlex.split(args.flags), "--epochs", str(epochs), "--seed",
-                            str(seed), "--name", name, "--out", args.out, "--overwrite")
-        if subprocess.run([sys.executable, train.__file__, *argv], stdout=subprocess.DEVNULL).returncode:
-            raise InputError(f"the run {name} failed: see above")
-        log = finished(path)
-        print(f"{name}: {log[-2]['accuracy']:.4f}", file=sys.stderr)
-    return log
+    argv = command_line(args, model, args.size, *shlex.split(args.flags), "--epochs", str(epochs), "--seed", str(seed),
+                        "--name", name, "--out", args.out, "--overwrite")
+    config = train.resolve(train.parse_config(argv=argv))
+    if not finished(path, config):
+        with tempfile.TemporaryDirectory() as empty:  # so that every run compiles anew
+            caches = dict(TORCHINDUCTOR_CACHE_DIR=empty, TRITON_CACHE_DIR=empty)
+            command = [sys.executable, train.__file__, *argv]
+            if subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | caches).returncode:
+                raise InputError(f"the run {name} failed: see above")
+        print(f"{name}: {reached(finished(path, config)):.4f}", file=sys.stderr)
+    return finished(path, config)
+
+
+def reached(end):
+    """The accuracy that a run's last line tells: on the test set, or on the images held out."""
+    return end["hold_out_accuracy"] if end["test_accuracy"] is None else end["test_accuracy"]
 
 
 def accuracy(args):
@@ -353,25 +363,25 @@ def accuracy(args):
         failed = 0  # the longest schedule that did not pass the mark, nor any mark above it
         for mark in sorted(args.marks):
             def passes(epochs):
-                logs = []
+                ends = []
                 for seed in range(args.seeds):
-                    logs.append(trained(args, model, epochs, seed))
-                    if logs[0][-2]["accuracy"] < mark - 0.01:
+                    ends.append(trained(args, model, epochs, seed))
+                    if reached(ends[0]) < mark - 0.01:
                         return None
-                return logs if statistics.mean(log[-2]["accuracy"] for log in logs) >= mark else None
+                return ends if statistics.mean(map(reached, ends)) >= mark else None
 
             epochs, best = failed + 1, None
             while epochs <= args.most_epochs and not (best := passes(epochs)):
                 failed, epochs = epochs, min(2 * epochs, max(epochs + 1, args.most_epochs))
             while best and epochs - failed > 1:
                 middle = (failed + epochs) // 2
-                if logs := passes(middle):
-                    epochs, best = middle, logs
+                if ends := passes(middle):
+                    epochs, best = middle, ends
                 else:
                     failed = middle
-            ends = [log[-1] for log in best or []]
+            ends = best or []
             rows.append(dict(model=model, mark=mark, epochs=epochs if best else None,
-                             accuracies=[log[-2]["accuracy"] for log in best or []],
+                             accuracies=[reached(end) for end in ends],
                              seconds=[end["training_seconds"] - end["first_step_seconds"] for end in ends],
                              first_step_seconds=[end["first_step_seconds"] for end in ends]))
             if not best:
@@ -467,13 +477,13 @@ def markdown(result):
         flags = f" {result['arguments']['flags']}".rstrip()
         head = ["accuracy", "epochs", "reached, %", "n", "seconds of training", "first step, s", "command"]
         spread = lambda values: f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        lines = [[f"{row['mark']:.0%}", row["epochs"],
+        lines = [[f"{100 * row['mark']:g}%", row["epochs"],
                   f"{100 * statistics.mean(row['accuracies']):.2f}{spread([100 * a for a in row['accuracies']])}",
                   len(row["accuracies"]), f"{statistics.mean(row['seconds']):.1f}",
                   f"{statistics.mean(row['first_step_seconds']):.1f}",
                   f"`python train.py --model {row['model']} --size {result['arguments']['size']}{flags} "
                   f"--epochs {row['epochs']}`"] if row["epochs"] else
-                 [f"{row['mark']:.0%}", f"more than {result['arguments']['most_epochs']}", *["-"] * 4,
+                 [f"{100 * row['mark']:g}%", f"more than {result['arguments']['most_epochs']}", *["-"] * 4,
                   f"`python train.py --model {row['model']} --size {result['arguments']['size']}{flags}`"]
                  for row in result["rows"]]
     else:
@@ -514,7 +524,8 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as empty:  # so that the first step compiles, and does not find it done
         os.environ.update(TORCHINDUCTOR_CACHE_DIR=empty, TRITON_CACHE_DIR=empty)
         try:
-            config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size)))
+            flags = shlex.split(args.flags)
+            config = train.resolve(train.parse_config(argv=command_line(args, args.models[0], args.size, *flags)))
             result = dict(what=args.what, amp=train.choose_amp(config), compiled=train.choose_compile(config),
                           commit=train.git_commit(), arguments=vars(args), **train.describe_machine(args.device),
                           **dict(models=models, scaling=scaling, traps=traps, accuracy=accuracy)[args.what](args))

@@ -164,7 +164,7 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
                                 "`python train.py --model vit --size tiny` |")
     assert "| 70.00 | 1 |" in rows["vit-basic"]
     assert "not run" in rows["hybrid"] and "not run" in rows["resnet18"]
-    assert "a machine, torch 2.9.0, bf16" in show.markdown_table("tiny")
+    assert "a machine, bf16, torch 2.9.0" in show.markdown_table("tiny")
     assert "not run yet" in show.markdown_table("base")
 
 
@@ -180,7 +180,7 @@ def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_pat
     assert ("| patch-8 | 62.00 ± 9.17 | +3.00 ± 1.41 | vit-1 | 2 | 0.500 | 100 | "
             "`python train.py --model vit --patch-size 8 --epochs 1 --size tiny` |") in table
     assert "| hard | 65.00 | -5.00 | vit-1-distilled | 1 |" in table
-    assert "| alpha-1 | 50.00 | - | vit-1-distilled | 0 |" in table 
+    assert "| alpha-1 | 50.00 | - | vit-1-distilled | 0 |" in table
     assert f"Not run: {len(show.planned('tiny', 'ABLATIONS')) - 3} more" in table
 
 

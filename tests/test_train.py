@@ -57,9 +57,10 @@ def same(a, b):
 def test_every_field_is_a_flag_with_help_and_is_read():
     text = " ".join(command_line("--help").stdout.split())
     source = (ROOT / "train.py").read_text()
+    recipe = ("crop", *train.NO_REGULARISATION)  # goes to train_batches by name
     for field in dataclasses.fields(train.Config):
         assert f"--{field.name.replace('_', '-')} " in text and field.metadata["help"] in text, field.name
-        assert re.search(rf"\bconfig\.{field.name}\b", source), f"nothing reads {field.name}"
+        assert field.name in recipe or re.search(rf"\bconfig\.{field.name}\b", source), f"nothing reads {field.name}"
 
 
 def test_presets_fill_what_the_command_line_leaves_open():
@@ -81,7 +82,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--model", "resnet18", "--dim", "8"], "--dim"), (["--batch-size", "100000"], "--batch-size"),
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
-    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"),
+    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), (["--amp", "fp16"], "Muon"),
     (["--out", "/dev/null"], "--out"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
@@ -124,6 +125,13 @@ def test_the_schedule_at_its_corners():
     assert line[30] < lr[30] and line[80] > lr[80]
 
 
+def test_a_short_run_warms_up_for_a_fifth_of_it_at_most():
+    base = lambda epochs: config("--size", "base", "--epochs", epochs, "--warmup", "10", "--batch-size", "500")
+    assert train.count_steps(base("200"), 50_000, 1) == (100, 20_000, 1000)
+    assert train.count_steps(base("20"), 50_000, 1) == (100, 2000, 400)
+    assert train.count_steps(config("--size", "tiny", "--epochs", "1"), 50_000, 1) == (200, 200, 40)
+
+
 @pytest.mark.parametrize("name, encoder", [("vit", "explicit"), ("hybrid", "explicit"), ("vit", "builtin")])
 def test_only_what_multiplies_is_decayed_and_muon_gets_only_what_is_inside(name, encoder):
     gamma = 1.0 if encoder == "explicit" else None
@@ -151,7 +159,7 @@ def test_muon_is_torchs_muon_and_takes_a_kernel_as_the_matrix_of_its_patches(dty
             q.grad = p.grad.flatten(1)
         ours.step(), theirs.step()
     for p, q, start in zip([kernel, *matrices], flat, weights):
-        assert (p.flatten(1) - q).norm() < 0.05 * (q - start.flatten(1)).norm()
+        assert (p.flatten(1) - q).norm() < 0.025 * (q - start.flatten(1)).norm()
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8)])
@@ -161,20 +169,6 @@ def test_orthogonalising_keeps_the_singular_vectors_and_makes_the_values_about_o
     inside = U.mT @ train.orthogonalise(matrices) @ V.mT
     torch.testing.assert_close(inside, torch.diag_embed(inside.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
     assert inside.diagonal(dim1=1, dim2=2).min() > 0.68 and inside.max() < 1.21
-
-
-def test_clipping_is_torchs_and_a_nan_stays_where_it_is():
-    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
-    for largest in (1.0, 100.0):
-        for p, q in zip(ours.parameters(), theirs.parameters()):
-            p.grad = 10 * torch.randn_like(p)
-            q.grad = p.grad.clone()
-        train.clip_gradients(ours, largest)
-        nn.utils.clip_grad_norm_(theirs.parameters(), largest)
-        assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters()))
-    ours.bias.grad[0] = math.nan
-    train.clip_gradients(ours, 1.0)
-    assert ours.bias.grad.isnan().any() and (ours.weight.grad == 0).all()
 
 
 def test_the_moving_average_is_the_hand_sum_and_takes_the_batchnorm_statistics_along():
@@ -298,19 +292,6 @@ def test_hold_out_is_what_is_measured_and_said(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("hold-out accuracy")
 
 
-def test_fp16_scales_the_loss_for_both_optimizers_and_trains_like_float32(tmp_path):
-    flags = ["--epochs", "1", "--patch-size", "16", "--clip", "1", "--optimizer", "muon", "--lr", "0.01"]
-    weights = []
-    for amp in ("off", "fp16"):
-        run(tmp_path, "--name", amp, "--amp", amp, *flags)
-        last = train.load(tmp_path / amp / "last.pt")
-        weights.append(torch.cat([value.flatten() for value in last["model"].values()]))
-    assert last["scaler"]["scale"] >= 2**15  # at most one step was skipped, to find a scale that fits
-    start = train.make_model(config(*SMALL, *flags), data.load_dataset("shapes"))
-    start = torch.cat([value.flatten() for value in start.state_dict().values()])
-    assert (weights[0] - weights[1]).norm() < 0.1 * (weights[0] - start).norm()
-
-
 def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
     def unreachable(*_, **__):
         raise OSError("no network")
@@ -325,7 +306,7 @@ def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, 
 
 @pytest.mark.parametrize("bf16, capability, triton, size, amp, compiled", [
     (True, (9, 0), True, "base", "bf16", True), (True, (9, 0), True, "tiny", "bf16", False),
-    (False, (7, 5), True, "base", "fp16", True), (False, (7, 5), True, "tiny", "fp16", False),
+    (False, (7, 5), True, "base", "fp16", True), (False, (7, 5), True, "tiny", "off", False),  # tiny has Muon
     (False, (6, 1), True, "base", "fp16", False), (True, (9, 0), False, "base", "bf16", False)])
 def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, triton, size, amp, compiled):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
