@@ -153,7 +153,7 @@ def load_folder(data_dir):
         except (FileNotFoundError, PermissionError) as error:
             reason = str(error).split(". ")[0]
             raise InputError(f"cannot use the image folder {folder} ({reason}): it needs one folder of images for each "
-                             "class") from None
+                             "class; --data-dir names another") from None
         images = []
         for path, _ in files.samples:
             try:

@@ -52,7 +52,7 @@ def save_grid(rows, titles, captions, path, scale=3):
 
 def augment(args):
     """A row for each augmentation, and one for all of them together, as the base preset has them."""
-    dataset = load_dataset(args.dataset, args.data_dir)
+    dataset = load_dataset(args.dataset or "auto", args.data_dir)
     preset = train.PRESETS["vit", "base"]
     images = dataset.train_images[: args.count].float() / 255  # (B, 3, S, S)
     targets = soft_targets(dataset.train_labels[: args.count], len(dataset.classes))  # (B, K)
@@ -146,13 +146,14 @@ def curves(args):
             raise InputError(f"{path} has no epoch yet: wait for the end of its first one")
         x, loss, floor = zip(*((line["epoch"], line["train_loss"], line["loss_floor"]) for line in epochs))
         name = log[0]["config"]["name"]
-        color = losses.plot(x, loss, label=name)[0].get_color()
+        color = losses.plot(x, loss, marker=".", label=name)[0].get_color()
         losses.plot(x, floor, color=color, linestyle="--")
-        above.plot(x, [a - b for a, b in zip(loss, floor)], label=name)
-        accuracies.plot(x, [100 * line["accuracy"] for line in epochs], label=name)
+        above.plot(x, [a - b for a, b in zip(loss, floor)], marker=".", label=name)
+        accuracies.plot(x, [100 * line["accuracy"] for line in epochs], marker=".", label=name)
     for axes, title in ((losses, "training loss, and its floor (dashed)"), (above, "training loss above its floor"),
                         (accuracies, "accuracy, %")):
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")
     figure.savefig(args.out or "curves.png", dpi=100)
     print(args.out or "curves.png")
@@ -173,8 +174,8 @@ def load_trained(args):
 
 
 def load_for(about, args):
-    """The data set of the command line. InputError if its classes are not those of the model."""
-    dataset = load_dataset(args.dataset, args.data_dir)
+    """The data set of the command line, or the model's own. InputError if its classes are not those of the model."""
+    dataset = load_dataset(args.dataset or about.get("dataset", "auto"), args.data_dir)
     if dataset.classes != about["classes"]:
         raise InputError(f"{args.model} was trained on other classes than {dataset.name}'s: name its --dataset")
     return dataset
@@ -389,12 +390,12 @@ def main():
     parser.add_argument("what", choices=("augment", "attention", "curves", "confusion", "predict", "table"))
     parser.add_argument("paths", nargs="*", help="pictures for predict; runs or their logs for curves")
     parser.add_argument("--model", help="a model.pt (default: the newest in runs/)")
-    parser.add_argument("--dataset", default="auto", choices=DATASETS)
+    parser.add_argument("--dataset", choices=DATASETS, help="default: the one that the model was trained on")
     parser.add_argument("--data-dir")
     parser.add_argument("--count", type=int, default=10, help="pictures in a row (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentation (default: 0)")
     parser.add_argument("--out", help="the PNG to write (default: the command's name)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # paths may stand before and after the options
     if args.what in ("curves", "predict") and not args.paths:
         parser.error(f"{args.what} needs at least one path")
     if args.count < 1:

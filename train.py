@@ -443,7 +443,9 @@ def load(path, device="cpu"):
             damaged = file.testzip()  # torch.load does not look at the check sums
         content = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
+        raise InputError(f"there is no file {path}: name another, or leave --resume out of a new run") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: name the model.pt in it") from None
     except PermissionError:
         raise InputError(f"the file {path} may not be read: change its permissions") from None
     except (MemoryError, torch.OutOfMemoryError):
@@ -451,15 +453,17 @@ def load(path, device="cpu"):
     except Exception:  # a damaged file can raise almost anything
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project")
+        raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project; a run starts again "
+                         "with --overwrite")
     return content
 
 
 def load_model(path, device="cpu"):
     """A model.pt that train.py wrote -> (the model in eval mode, the rest of the file as a dict).
 
-    The rest: "model" and "options" (the arguments of build_model), "classes" (names), and "mean" and "std", by which
-    images scaled to 0..1 are normalised: model((images - mean) / std). InputError if it is not such a file.
+    The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), and "mean" and
+    "std", by which images scaled to 0..1 are normalised: model((images - mean) / std). InputError if it is not such a
+    file.
     """
     content = load(path, device)
     try:
@@ -477,7 +481,8 @@ def describe_machine(device):
         names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
         cpu = names[0] if names else cpu
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    return dict(machine=gpu or f"{cpu}, {torch.get_num_threads()} threads", system=platform.platform(),
+    threads = torch.get_num_threads()
+    return dict(machine=gpu or f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", system=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
 
 
@@ -525,6 +530,8 @@ FREE_FIELDS = ("epochs", "name", "out", "device", "compile", "data_dir", "resume
 def run_folder(config):
     """The run's folder. InputError if it exists, and neither --resume nor --overwrite was given."""
     folder = os.path.join(config.out, config.name)
+    if config.resume and config.overwrite:
+        raise InputError("--resume goes on with the run, --overwrite starts it again: choose one")
     if os.path.exists(folder) and not config.resume and not config.overwrite:
         raise InputError(f"{folder} exists already: choose another --name, or --resume or --overwrite it")
     return folder
@@ -644,7 +651,7 @@ def count_steps(config, images, processes):
     """Steps of an epoch, of the run, and of its warm-up. InputError if the batch size does not fit."""
     steps_per_epoch = images // config.batch_size
     if steps_per_epoch == 0:
-        raise InputError(f"--batch-size {config.batch_size} is more than the {images} training images")
+        raise InputError(f"--batch-size {config.batch_size} is more than the {images} training images: lower it")
     if config.batch_size % processes:
         raise InputError(f"--batch-size {config.batch_size} is not divisible by {processes} processes")
     total_steps = config.epochs * steps_per_epoch
@@ -675,6 +682,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     steps_per_epoch, total_steps, warmup_steps = count_steps(config, data["train"], processes)
     lr = lambda step, peak=config.lr: lr_at(step, total_steps, warmup_steps, peak, config.schedule)
     folder = os.path.join(config.out, config.name)
+    model_path = os.path.join(folder, "model.pt")
     if rank == 0:
         checkpoint = open_run(config)
     else:
@@ -709,6 +717,9 @@ def run(config, loss_function=cross_entropy, start=START, **about):
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
         start -= seconds  # the clock goes on from where it stood
         del checkpoint  # and its copy of the weights
+        if step >= total_steps and os.path.exists(model_path):
+            print(f"{folder} has had its {step // steps_per_epoch} epochs already: ask for more with --epochs")
+            return evaluate(averaged, dataset, config.batch_size, autocast)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0
@@ -742,7 +753,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
           f"{flops / 1e9:.3f} GFLOP per image forward")
     print(f"{dataset.name}: {data['train']} training and {data['test']} {dataset.test_split} images; {config.epochs} "
           f"epochs of {steps_per_epoch} steps of {config.batch_size}")
-    print(f"{machine['machine']}, torch {torch.__version__}, precision {amp}, "
+    print(f"{machine['machine']}, torch {torch.__version__}, precision {'float32' if amp == 'off' else amp}, "
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
@@ -814,11 +825,10 @@ def run(config, loss_function=cross_entropy, start=START, **about):
 
     if accuracy is None:  # resumed after its last epoch
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
-    model_path = os.path.join(folder, "model.pt")
     if rank == 0:
         weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
-        save(dict(model=config.model, options=options, classes=dataset.classes, mean=dataset.mean.cpu(),
-                  std=dataset.std.cpu(), state_dict=weights), model_path)
+        save(dict(model=config.model, options=options, dataset=dataset.name, classes=dataset.classes,
+                  mean=dataset.mean.cpu(), std=dataset.std.cpu(), state_dict=weights), model_path)
     seconds = time.perf_counter() - start
     speed = float(np.median(speeds[1:] or speeds or [0]))  # the first epoch also compiles
     training_seconds = sum(steps_per_epoch * config.batch_size / speed for speed in speeds)  # evaluations left out

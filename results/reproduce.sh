@@ -87,6 +87,7 @@ size=tiny seeds=1 jobs=1 wanted=()
 while [ $# -gt 0 ]; do
     case $1 in
         --size | --seeds | --jobs) [ $# -gt 1 ] || fail "$1 needs a value"; declare "${1#--}=$2"; shift 2 ;;
+        -h | --help) sed -n '2,11s/^# \{0,1\}//p' results/reproduce.sh; exit ;;
         -*) fail "unknown option $1; usage: results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]" ;;
         *) wanted+=("$1"); shift ;;
     esac

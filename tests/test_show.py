@@ -83,7 +83,7 @@ def test_calibration_error_by_hand():
 
 def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
     path = runs / "hybrid" / "model.pt"
-    call(monkeypatch, tmp_path, "confusion", "--model", path, "--dataset", "shapes")
+    call(monkeypatch, tmp_path, "confusion", "--model", path)  # the model knows that it is of shapes
     out = capsys.readouterr().out
     model, about = train.load_model(path)
     shapes = data.load_dataset("shapes")
@@ -110,6 +110,8 @@ def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path,
         shares = re.findall(r"(\w+) ([\d.]+)%", line)
         assert line.startswith(name + ": ") and len(shares) == 3 and shares[0][0] in data.SHAPES
         assert float(shares[0][1]) >= float(shares[1][1]) >= float(shares[2][1])
+    call(monkeypatch, tmp_path, "predict", "--model", "runs/hybrid/model.pt", "grey.png", "small.png")
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_curves(tmp_path, monkeypatch, runs):
@@ -240,6 +242,7 @@ def test_reproduce_runs_a_row_once_and_goes_on_from_a_stop(tmp_path, reproduce):
     assert {p.name for p in (tmp_path / "results" / "tiny").iterdir()} == {
         "vit-0.jsonl", "vit-1.jsonl", "resnet18-0.jsonl", "resnet18-1.jsonl"}
     assert reproduce("--seeds", "2", "vit").wait() == 0 and len(calls()) == 4
+    assert reproduce("--help").wait() == 0
     for wrong in (["vgg"], ["--size", "huge"], ["--sedes", "2"], ["--seeds", "0"], ["--jobs"]):
         process = reproduce(*wrong)
         assert process.wait() == 2 and process.stderr.read().startswith("error: ")

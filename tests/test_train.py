@@ -83,7 +83,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
     (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), (["--amp", "fp16"], "Muon"),
-    (["--out", "/dev/null"], "--out"),
+    (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -290,6 +290,14 @@ def test_hold_out_is_what_is_measured_and_said(tmp_path, capsys):
     assert log[0]["data"]["train"] == 3500
     assert log[-1]["test_accuracy"] is None and log[-1]["hold_out_accuracy"] is not None
     assert capsys.readouterr().out.splitlines()[-1].startswith("hold-out accuracy")
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
+    flags = ["--name", "f", "--epochs", "2", "--patch-size", "16"]
+    accuracy, log = run(tmp_path, *flags)
+    for epochs in ("2", "1"):
+        assert run(tmp_path, *flags, "--resume", "--epochs", epochs) == (accuracy, log)
+        assert "has had its 2 epochs already" in capsys.readouterr().out
 
 
 def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
