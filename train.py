@@ -294,9 +294,9 @@ class Muon(torch.optim.Optimizer):
     A gradient is dominated by a few directions. Made orthogonal, it moves all of them at the same speed. For matrices
     and convolution kernels alone: a kernel (O, C, k, k) counts as the matrix (O, C*k*k) that multiplies a patch. The
     step is scaled to the size that AdamW's would have (Liu et al. 2025, 2502.16982), and weights decay as in AdamW.
-    `dtype` is that of the products. torch.optim.Muon does the same with bf16, one matrix after another, without
-    kernels. Where bf16 is emulated, as on most CPUs, that takes longer than all the rest of a training step. Builds on
-    orthogonalise.
+    `dtype` is that of the products. torch.optim.Muon does the same with bf16, one matrix after another, and takes no
+    kernels. Where bf16 is emulated, as on CPUs without AVX512, that takes longer than all the rest of a training step.
+    Builds on orthogonalise.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
@@ -306,7 +306,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            alike = {}  # parameters by shape: a GPU does all of a shape at once, in a fraction of the kernel launches
+            alike = {}  # parameters by shape: a GPU does the products of all of a shape in one launch
             for p in group["params"]:
                 alike.setdefault(p.shape, []).append(p)
             for shape, params in alike.items():
@@ -336,6 +336,7 @@ def make_optimizers(model, config):
         optimizers.append(Muon(inner, config.muon_lr, config.momentum, config.weight_decay,
                                dtype=torch.bfloat16 if choose_amp(config) == "bf16" else torch.float32))
         inner = []
+    # 0.99 and not 0.999, which looks back 1,000 steps: all that a tiny run has.
     groups = [dict(params=inner + outer, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
     optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True))
     for optimizer in optimizers:
