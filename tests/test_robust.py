@@ -60,7 +60,8 @@ step = whole = 0
 for kill in range(50):
     child = os.fork()
     if child == 0:
-        config.resume, config.overwrite = os.path.exists(last), True
+        config.resume = os.path.exists(last)
+        config.overwrite = not config.resume
         train.run(config)
         os._exit(1)
     time.sleep(random.uniform(0.05, 0.8))
