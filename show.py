@@ -13,6 +13,7 @@
 import argparse
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import re
@@ -302,10 +303,13 @@ def setting(log):
     return f"{machine}, {'float32' if precision == 'off' else precision}"
 
 
-def same_setting(logs):
-    """Those of a row's runs that are alike, the most: seconds on unlike machines have no mean."""
-    settings = [setting(log) for log in logs]
-    return [log for log in logs if setting(log) == statistics.mode(settings)]
+def same_setting(logs, rows):
+    """Those of a row's runs that were made as most runs of all rows, or else as most of its own.
+
+    Seconds on unlike machines have no mean. rows: {name: logs}.
+    """
+    usual, own = (statistics.mode(map(setting, some)) for some in (itertools.chain(*rows.values()), logs))
+    return [log for log in logs if setting(log) == usual] or [log for log in logs if setting(log) == own]
 
 
 def as_markdown(title, head, lines, rows):
@@ -339,26 +343,26 @@ def markdown_table(size):
         command = f"results/reproduce.sh --size {size} --seeds 3"
         return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations: "
                 f"{runs} runs, most of them of 200 epochs.\n")
-    lines, shown = [], {}
+    lines, rows = [], {name: list(finished_runs(size, name).values()) for name in planned(size)}
     for name, command in planned(size).items():
-        logs = list(finished_runs(size, name).values())
+        logs = rows[name]
         command = f"`python {command} --size {size}`"
         if not logs:
             lines.append([name, "not run", *["-"] * 7, command])
             continue
-        start, alike = logs[0][0], same_setting(logs)
+        start, alike = logs[0][0], same_setting(logs, rows)
         config = [line["config"] for line in logs[0] if "config" in line][-1]  # --resume can have changed the epochs
         lines.append([name, mean_and_std([100 * log[-1]["test_accuracy"] for log in logs]), str(len(logs)),
                       f"{start['parameters'] / 1e6:.2f}", f"{start['forward_flops'] / 1e9:.3f}",
                       str(config["epochs"]), f"{mean(alike, 'seconds'):.0f}", f"{mean(alike, 'images_per_second'):.0f}",
                       f"{mean(alike, 'peak_memory_bytes') / 1e9:.2f}", command])
-        shown[name] = logs
-    return as_markdown(size, head, lines, shown)
+    return as_markdown(size, head, lines, rows)
 
 
 def ablation_table(size):
     """What each ablation, a single change, does to the row that it is made to, over the seeds that both have."""
-    lines, shown, missing = [], {}, []
+    lines, missing = [], []
+    rows = {name: list(finished_runs(size, name).values()) for name in planned(size, "ABLATIONS")}
     for name, (base_name, command) in planned(size, "ABLATIONS").items():
         logs, base = finished_runs(size, name), finished_runs(size, base_name)
         if not logs:
@@ -366,16 +370,15 @@ def ablation_table(size):
             continue
         accuracy = {seed: 100 * log[-1]["test_accuracy"] for seed, log in logs.items()}
         gain = [value - 100 * base[seed][-1]["test_accuracy"] for seed, value in accuracy.items() if seed in base]
-        start, seconds = next(iter(logs.values()))[0], mean(same_setting(logs.values()), "seconds")
+        start, seconds = rows[name][0][0], mean(same_setting(rows[name], rows), "seconds")
         lines.append([name, mean_and_std(accuracy.values()), mean_and_std(gain, "+") if gain else "-", base_name,
                       str(len(gain)), f"{start['forward_flops'] / 1e9:.3f}", f"{seconds:.0f}",
                       f"`python {command} --size {size}`"])
-        shown[name] = list(logs.values())
     if not lines:
         return ""
     head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
     rest = f"\nNot run: {len(missing)} more that `results/reproduce.sh` has.\n" if missing else ""
-    return as_markdown(f"{size}, ablations", head, lines, shown) + rest
+    return as_markdown(f"{size}, ablations", head, lines, rows) + rest
 
 
 def table(args):

@@ -144,10 +144,10 @@ def test_an_epoch_that_a_killed_run_did_twice_counts_once(tmp_path):
     assert show.read_log(tmp_path / "log.jsonl") == lines[:2] + lines[3:]
 
 
-def write_log(path, accuracy, machine="a machine"):
+def write_log(path, accuracy, machine="a machine", seconds=100.4):
     start = dict(event="start", machine=machine, torch="2.9.0", amp="bf16", parameters=2_000_000,
                  forward_flops=5 * 10**8, config=dict(epochs=3), data=dict(name="cifar10"))
-    end = dict(event="end", test_accuracy=accuracy, seconds=100.4, images_per_second=50.0, peak_memory_bytes=2 * 10**9)
+    end = dict(event="end", test_accuracy=accuracy, seconds=seconds, images_per_second=50.0, peak_memory_bytes=2 * 10**9)
     path.write_text("".join(json.dumps(line) + "\n" for line in (start, end)))
 
 
@@ -168,6 +168,20 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     assert "not run" in rows["hybrid"] and "not run" in rows["resnet18"]
     assert "a machine, bf16, torch 2.9.0" in show.markdown_table("tiny")
     assert "not run yet" in show.markdown_table("base")
+
+
+def test_seconds_are_those_of_the_tables_machine_and_other_runs_are_listed(tmp_path, monkeypatch):
+    (tmp_path / "results" / "tiny").mkdir(parents=True)
+    (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
+    monkeypatch.setattr(show, "ROOT", str(tmp_path))
+    for name, machine, seconds in (("vit-0", "fast", 100), ("vit-1", "slow", 500), ("vit-2", "slow", 700),
+                                   ("hybrid-0", "fast", 10), ("hybrid-1", "fast", 20), ("resnet18-0", "slow", 300)):
+        write_log(tmp_path / "results" / "tiny" / f"{name}.jsonl", 0.8, machine, seconds)
+    table = show.markdown_table("tiny")
+    assert table.startswith("tiny, on fast, bf16, torch 2.9.0:\n")
+    seconds = {line.split(" | ")[0]: line.split(" | ")[6] for line in table.splitlines() if line.startswith("| ")}
+    assert (seconds["| vit"], seconds["| hybrid"], seconds["| resnet18"]) == ("100", "15", "300")
+    assert "\nvit (2 of 3 runs: 600 s), resnet18: on slow, bf16, torch 2.9.0.\n" in table
 
 
 def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_path, monkeypatch):
