@@ -125,6 +125,7 @@ class Config:
 # How each size trains. A tiny run sees every image only a few times: it underfits, and strong regularisation would only
 # slow it down, so its full recipe is label smoothing. A base run sees every image 200 times, and needs all there is.
 NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+RECIPE = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
 TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,
             momentum=0.6, weight_decay=0.01, warmup=0.2, schedule="linear", clip=0.0, ema=0.0)
 BASE = dict(crop=4, trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0, epochs=200,
@@ -688,7 +689,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
         checkpoint = open_run(config)
     else:
         checkpoint = load(os.path.join(folder, "last.pt"), config.device) if config.resume else None
-    recipe = {name: getattr(config, name) for name in ("crop", *NO_REGULARISATION)}  # of train_batches
+    recipe = {name: getattr(config, name) for name in RECIPE}
     options = model_options(config, len(dataset.classes))
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
     model = make_model(config, dataset)
@@ -832,7 +833,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                   mean=dataset.mean.cpu(), std=dataset.std.cpu(), state_dict=weights), model_path)
     seconds = time.perf_counter() - start
     speed = float(np.median(speeds[1:] or speeds or [0]))  # the first epoch also compiles
-    training_seconds = sum(steps_per_epoch * config.batch_size / speed for speed in speeds)  # evaluations left out
+    training_seconds = sum(steps_per_epoch * config.batch_size / s for s in speeds)  # evaluations left out
     log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
         hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,
         training_seconds=training_seconds, first_step_seconds=first_step_seconds, images_per_second=speed,

@@ -106,7 +106,7 @@ class Ours:
         self.scaler = torch.amp.GradScaler(config.device, enabled=train.choose_amp(config) == "fp16")
         if train.choose_compile(config):
             self.model.compile()
-        recipe = {name: getattr(config, name) for name in ("crop", *train.NO_REGULARISATION)}
+        recipe = {name: getattr(config, name) for name in train.RECIPE}
         self.batches = itertools.chain.from_iterable(
             train_batches(dataset, epoch, config.batch_size, 0, **recipe) for epoch in itertools.count())
 
@@ -335,14 +335,16 @@ def trained(args, model, epochs, seed):
     argv = command_line(args, model, args.size, *shlex.split(args.flags), "--epochs", str(epochs), "--seed", str(seed),
                         "--name", name, "--out", args.out, "--overwrite")
     config = train.resolve(train.parse_config(argv=argv))
-    if not finished(path, config):
+    end = finished(path, config)
+    if not end:
         with tempfile.TemporaryDirectory() as empty:  # so that every run compiles anew
             caches = dict(TORCHINDUCTOR_CACHE_DIR=empty, TRITON_CACHE_DIR=empty)
             command = [sys.executable, train.__file__, *argv]
             if subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | caches).returncode:
                 raise InputError(f"the run {name} failed: see above")
-        print(f"{name}: {reached(finished(path, config)):.4f}", file=sys.stderr)
-    return finished(path, config)
+        end = finished(path, config)
+        print(f"{name}: {reached(end):.4f}", file=sys.stderr)
+    return end
 
 
 def reached(end):
@@ -360,7 +362,7 @@ def accuracy(args):
     """
     rows = []
     for model in args.models:
-        failed = 0  # the longest schedule that did not pass the mark, nor any mark above it
+        failed = 0  # the longest schedule that did not pass this mark or a lower one
         for mark in sorted(args.marks):
             def passes(epochs):
                 ends = []
@@ -476,9 +478,8 @@ def markdown(result):
     elif result["what"] == "accuracy":
         flags = f" {result['arguments']['flags']}".rstrip()
         head = ["accuracy", "epochs", "reached, %", "n", "seconds of training", "first step, s", "command"]
-        spread = lambda values: f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         lines = [[f"{100 * row['mark']:g}%", row["epochs"],
-                  f"{100 * statistics.mean(row['accuracies']):.2f}{spread([100 * a for a in row['accuracies']])}",
+                  show.mean_and_std([100 * value for value in row["accuracies"]]),
                   len(row["accuracies"]), f"{statistics.mean(row['seconds']):.1f}",
                   f"{statistics.mean(row['first_step_seconds']):.1f}",
                   f"`python train.py --model {row['model']} --size {result['arguments']['size']}{flags} "
@@ -499,8 +500,7 @@ def markdown(result):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("models", "scaling", "traps", "accuracy"),
-                        default="models")
+    parser.add_argument("what", nargs="?", choices=("models", "scaling", "traps", "accuracy"), default="models")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=("tiny", "base"), help="default: base on a GPU, tiny on a CPU")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as train.py's")

@@ -147,7 +147,8 @@ def test_an_epoch_that_a_killed_run_did_twice_counts_once(tmp_path):
 def write_log(path, accuracy, machine="a machine", seconds=100.4):
     start = dict(event="start", machine=machine, torch="2.9.0", amp="bf16", parameters=2_000_000,
                  forward_flops=5 * 10**8, config=dict(epochs=3), data=dict(name="cifar10"))
-    end = dict(event="end", test_accuracy=accuracy, seconds=seconds, images_per_second=50.0, peak_memory_bytes=2 * 10**9)
+    end = dict(event="end", test_accuracy=accuracy, seconds=seconds, images_per_second=50.0,
+               peak_memory_bytes=2 * 10**9)
     path.write_text("".join(json.dumps(line) + "\n" for line in (start, end)))
 
 
