@@ -24,6 +24,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 DATASETS = ("auto", "cifar10", "cifar100", "folder", "shapes")
 IMAGE_SIZE = 32  # the side that a folder's images are scaled to, and that shapes are drawn at
@@ -137,6 +138,16 @@ def load_cifar(name, data_dir):
                    as_images(test.data), torch.tensor(test.targets))
 
 
+def read_image(path):
+    """A picture file as uint8 (3, S, S), S = 32: RGB, scaled and cropped. InputError if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store which side is up in EXIF
+            return pil_to_tensor(ImageOps.fit(image, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+    except Exception as error:  # PIL raises almost anything, by format and damage
+        raise InputError(f"cannot read the image {path} ({error}): mend or delete it, or leave it out") from None
+
+
 def load_folder(data_dir):
     """Images of one's own: data_dir/train/CLASS/FILE and data_dir/test/CLASS/FILE, scaled and cropped to 32 x 32 RGB.
 
@@ -144,9 +155,6 @@ def load_folder(data_dir):
     image of a class is a test image.
     InputError for a folder without images, with a single class, or with a broken image (which is named).
     """
-    crop = torchvision.transforms.Compose([torchvision.transforms.Resize(IMAGE_SIZE),
-                                           torchvision.transforms.CenterCrop(IMAGE_SIZE)])
-
     def read(folder):
         try:
             files = torchvision.datasets.ImageFolder(folder)
@@ -154,15 +162,7 @@ def load_folder(data_dir):
             reason = str(error).split(". ")[0]
             raise InputError(f"cannot use the image folder {folder} ({reason}): it needs one folder of images for each "
                              "class; --data-dir names another") from None
-        images = []
-        for path, _ in files.samples:
-            try:
-                with Image.open(path) as image:
-                    image = ImageOps.exif_transpose(image)  # cameras store which side is up in EXIF
-                    images.append(np.asarray(crop(image.convert("RGB"))))
-            except Exception as error:  # PIL raises almost anything, by format and damage
-                raise InputError(f"cannot read the image {path} ({error}): mend or delete it") from None
-        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # (N, C, S, S)
+        images = torch.stack([read_image(path) for path, _ in files.samples])  # (N, C, S, S)
         return images, torch.tensor(files.targets), files.classes
 
     parts = [os.path.join(data_dir, part) for part in ("train", "test", "val", "valid")]
@@ -173,9 +173,8 @@ def load_folder(data_dir):
             raise InputError(f"{split[0]} and {split[1]} have different classes: give both the same folders")
     else:
         images, labels, classes = read(data_dir)
-        rank = torch.empty_like(labels)  # each image's place among those of its class
-        for k in range(len(classes)):
-            rank[labels == k] = torch.arange(int((labels == k).sum()))
+        # Each image's place among those of its class: the labels are sorted.
+        rank = torch.arange(len(labels)) - torch.searchsorted(labels, labels)
         test = rank % 5 == 4
         images, labels, test_images, test_labels = images[~test], labels[~test], images[test], labels[test]
     if len(classes) < 2:
@@ -251,16 +250,16 @@ def outside(shape, u, v):
 def split_hold_out(dataset, hold_out, seed):
     """Put `hold_out` training images, equally many of each class and chosen by `seed`, in the place of the test set."""
     K = len(dataset.classes)
-    share = hold_out // K
+    per_class = hold_out // K
     counts = torch.bincount(dataset.train_labels, minlength=K)
-    if hold_out < 0 or hold_out % K or share >= int(counts.min()):
+    if hold_out < 0 or hold_out % K or per_class >= int(counts.min()):
         raise InputError(f"cannot hold out {hold_out} images: give a positive multiple of the {K} classes, below {K} "
                          f"times the {int(counts.min())} images of the smallest class")
     g = torch.Generator().manual_seed(seed)
     held = torch.zeros(len(dataset.train_labels), dtype=torch.bool)
     for k in range(K):
         members = (dataset.train_labels == k).nonzero().squeeze(1)
-        held[members[torch.randperm(len(members), generator=g)[:share]]] = True
+        held[members[torch.randperm(len(members), generator=g)[:per_class]]] = True
     return replace(dataset, train_images=dataset.train_images[~held], train_labels=dataset.train_labels[~held],
                    test_images=dataset.train_images[held], test_labels=dataset.train_labels[held],
                    mean=None, std=None, test_split="hold-out")
@@ -353,9 +352,7 @@ def crop_and_flip(images, padding=4):
 
 
 def luma(images):
-    """The brightness of RGB images (B, 3, S, S) as the eye weighs it, (B, 1, S, S). With one channel, that channel."""
-    if images.shape[1] != 3:
-        return images.mean(dim=1, keepdim=True)
+    """The brightness of RGB images (B, 3, S, S) as the eye weighs it, (B, 1, S, S)."""
     red, green, blue = images.split(1, dim=1)  # (B, 1, S, S)
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
@@ -394,12 +391,12 @@ def random_erasing(images, probability, area=(0.02, 0.33), ratio=(0.3, 3.3)):
 def mix_up(images, targets, alpha):
     """Mixup: blend every image and its target with a partner's (Zhang et al. 2018, 1710.09412).
 
-    images (B, C, S, S), targets (B, K) -> the same. The share is drawn once from Beta(alpha, alpha); the partners are
-    a random permutation, so any batch size will do.
+    images (B, C, S, S), targets (B, K) -> the same. The partner's share is drawn once from Beta(alpha, alpha); the
+    partners are a random permutation, so any batch size will do.
     """
     share = float(torch.distributions.Beta(alpha, alpha).sample())  # on the host: nothing waits for the device
     partner = torch.randperm(len(images), device=images.device)
-    return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, share)
+    return torch.lerp(images, images[partner], share), torch.lerp(targets, targets[partner], share)
 
 
 def cut_mix(images, targets, alpha):

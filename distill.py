@@ -79,10 +79,8 @@ def make_loss(teacher, config):
     autocast = make_autocast(config)
 
     def loss_function(logits, targets, images):
-        with torch.no_grad():
-            with autocast:
-                teacher_logits = teacher(images)  # (B, K)
-            teacher_logits = teacher_logits.float()
+        with torch.no_grad(), autocast:
+            teacher_logits = teacher(images).float()  # (B, K)
         loss = distillation_loss(logits, teacher_logits, targets, config.temperature, config.alpha, config.hard)
         with torch.no_grad():
             by_label, by_teacher = split_heads(logits)
@@ -153,6 +151,8 @@ def start(config):
     """Train the student of the command line, and its teacher first if there is none."""
     if config.distill_token and not config.alpha:
         raise InputError("--distill-token needs a teacher: leave it out with --alpha 0")
+    if config.distill_token and config.pool == "cls":
+        raise InputError("--distill-token adds a class token too: leave --pool out")
     given = config.name
     config.pool = "distill" if config.distill_token else config.pool
     config = train.resolve(config)
@@ -167,9 +167,10 @@ def start(config):
         config.resume, config.overwrite = False, True
     if not config.alpha:
         return train.run(config)
+    dataset = train.load_for_all(config)
+    train.count_steps(config, len(dataset.train_labels))  # nor that the batch size does not fit
     path = config.teacher or train_teacher(config)
     began = time.perf_counter()
-    dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
     if train.choose_compile(config):
         teacher.compile()
@@ -177,7 +178,7 @@ def start(config):
     seconds = seconds_per_step(teacher, dataset, config)
     print(f"teacher {path}: {dataset.test_split} accuracy {accuracy:.4f}, adds {1000 * seconds:.1f} ms to a step")
     about = dict(path=path, accuracy=accuracy, seconds_per_step=seconds)
-    return train.run(config, make_loss(teacher, config), start=began, teacher=about)
+    return train.run(config, make_loss(teacher, config), began=began, teacher=about)
 
 
 if __name__ == "__main__":

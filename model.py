@@ -80,16 +80,15 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, H, E)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, E)
-        # The fused kernel never writes the N x N weights to memory, and never gets a mask: there is nothing to hide.
-        # Its backward pass is slow on CPUs, so training there takes the explicit path: forward and backward in bf16
-        # took 32 ms against 147 ms, for 250 images of 64 tokens of width 256 (README, "Speed").
-        if not return_weights and (x.device.type != "cpu" or not self.training):
-            out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
-        else:
+        if return_weights or (self.training and x.device.type == "cpu"):
             # The root of the head's width E, not of D: q . k has variance E if the entries have variance 1.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
             weights = scores.softmax(dim=-1)
             out = weights.to(v.dtype) @ v  # (B, H, N, E)
+        else:
+            # The same in one kernel, which never writes the N x N weights to memory, and never gets a mask: there is
+            # nothing to hide. On CPUs its backward pass is several times as slow as the lines above (README, "Speed").
+            out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
         out = self.proj(out.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
         return (out, weights) if return_weights else out
 
@@ -187,7 +186,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, extra_tokens, dim)) if extra_tokens else None
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + extra_tokens, dim))
         if encoder == "explicit":
-            rates = [drop_path * (i / (depth - 1) if depth > 1 else 1) for i in range(depth)]
+            rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
             self.blocks = nn.Sequential(*[Block(dim, num_heads, mlp_ratio, rate, gamma_init) for rate in rates])
         else:
             if drop_path or gamma_init is not None:

@@ -22,12 +22,12 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 import train
-from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, soft_targets, test_batches
+from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image, soft_targets, test_batches
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 
@@ -182,16 +182,10 @@ def load_for(about, args):
     return dataset
 
 
-def probabilities(model, dataset, flip=False):
-    """What the model gives each class for every test image, (N, K); flip: the mean over image and mirror image."""
-    rows = []
-    with torch.no_grad():
-        for images, labels in test_batches(dataset, 250):
-            out = model(images).softmax(dim=1)
-            if flip:
-                out = (out + model(images.flip(3)).softmax(dim=1)) / 2
-            rows.append(out[: len(labels)])
-    return torch.cat(rows)
+@torch.no_grad()
+def probabilities(model, dataset):
+    """What the model gives each class for every test image, (N, K)."""
+    return torch.cat([model(images)[: len(labels)].softmax(dim=1) for images, labels in test_batches(dataset, 250)])
 
 
 def calibration_error(probability, labels, bins=15):
@@ -212,31 +206,26 @@ def confusion(args):
     dataset = load_for(about, args)
     dataset.mean, dataset.std = about["mean"], about["std"]
     labels, K = dataset.test_labels, len(dataset.classes)
-    for flip in (False, True):
-        probability = probabilities(model, dataset, flip)
-        choice = probability.argmax(dim=1)
-        print(f"{'with' if flip else 'without'} flip TTA: accuracy {(choice == labels).double().mean():.4f}, "
+    plain = probabilities(model, dataset)  # (N, K)
+    mirrored = probabilities(model, dataclasses.replace(dataset, test_images=dataset.test_images.flip(3)))  # (N, K)
+    for kind, probability in (("without", plain), ("with", (plain + mirrored) / 2)):
+        print(f"{kind} flip TTA: accuracy {(probability.argmax(dim=1) == labels).double().mean():.4f}, "
               f"calibration error {calibration_error(probability, labels):.4f}")
-        if not flip:
-            counts = torch.bincount(labels * K + choice, minlength=K * K).view(K, K)  # rows: true, columns: chosen
+    # Rows: true, columns: chosen.
+    counts = torch.bincount(labels * K + plain.argmax(dim=1), minlength=K * K).view(K, K)  # (K, K)
+    shares = counts.diag() / counts.sum(dim=1).clamp(min=1)  # (K,)
     width = max(map(len, dataset.classes))
     print("\nwithout TTA; a row for each true class, a column for each chosen one")
     print(" " * width + "  accuracy  " + " ".join(f"{name[:5]:>5}" for name in dataset.classes))
-    for name, row in zip(dataset.classes, counts):
-        share = row[dataset.classes.index(name)] / row.sum().clamp(min=1)
-        print(f"{name:>{width}}  {share:8.3f}  " + " ".join(f"{n:5d}" for n in row.tolist()))
+    for name, share, row in zip(dataset.classes, shares.tolist(), counts.tolist()):
+        print(f"{name:>{width}}  {share:8.3f}  " + " ".join(f"{n:5d}" for n in row))
 
 
 def predict(args):
     """The three likeliest classes of each picture, which is scaled and cropped to the size that the model knows."""
     model, about = load_trained(args)
     for path in args.paths:
-        try:
-            image = ImageOps.exif_transpose(Image.open(path))  # phones store which side is up in EXIF
-            image = pil_to_tensor(image.convert("RGB")) / 255  # (3, height, width)
-        except Exception as error:  # PIL raises almost anything
-            raise InputError(f"cannot read the picture {path} ({error})") from None
-        image = center_crop(resize(image, IMAGE_SIZE, antialias=True), IMAGE_SIZE)[None]  # (1, 3, S, S)
+        image = read_image(path)[None] / 255  # (1, 3, S, S)
         with torch.no_grad():
             probability = model((image - about["mean"]) / about["std"])[0].softmax(dim=0)  # (K,)
         best = probability.topk(min(3, len(probability)))
@@ -261,6 +250,8 @@ def read_log(path):
         return [line for line in lines if line["event"] != "epoch" or line is last[line["epoch"]]]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the log {path} ({error})") from None
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is not a log.jsonl of this project") from None
 
 
 def planned(size, part="ROWS"):
@@ -272,10 +263,10 @@ def planned(size, part="ROWS"):
         rows = (line.split(maxsplit=2) for line in lines)
         return {name: command for name, sizes, command in rows if sizes in (size, "both")}
     rows = (line.split(maxsplit=3) for line in lines)
-    if size == "base":
-        return {name: (base, command) for name, sizes, base, command in rows if sizes in (size, "both")}
-    of_one_epoch = {"vit": "vit-1", "vit-distilled": "vit-1-distilled", "basic": "basic"}
-    return {name: (of_one_epoch[base], f"{command} --epochs 1") for name, sizes, base, command in rows
+    of_one_epoch, short = {}, ""
+    if size == "tiny":
+        of_one_epoch, short = {"vit": "vit-1", "vit-distilled": "vit-1-distilled"}, " --epochs 1"
+    return {name: (of_one_epoch.get(base, base), command + short) for name, sizes, base, command in rows
             if sizes in (size, "both")}
 
 
@@ -293,6 +284,7 @@ def finished_runs(size, name):
 
 
 def mean_and_std(values, sign=""):
+    values = list(values)
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.2f}{spread}"
 
@@ -361,23 +353,23 @@ def markdown_table(size):
 
 def ablation_table(size):
     """What each ablation, a single change, does to the row that it is made to, over the seeds that both have."""
-    lines, missing = [], []
-    rows = {name: list(finished_runs(size, name).values()) for name in planned(size, "ABLATIONS")}
-    for name, (base_name, command) in planned(size, "ABLATIONS").items():
+    plan, pairs = planned(size, "ABLATIONS"), {}
+    for name, (base_name, _) in plan.items():
         logs, base = finished_runs(size, name), finished_runs(size, base_name)
-        if not logs:
-            missing.append(name)
-            continue
-        accuracy = {seed: 100 * log[-1]["test_accuracy"] for seed, log in logs.items()}
-        gain = [value - 100 * base[seed][-1]["test_accuracy"] for seed, value in accuracy.items() if seed in base]
-        start, seconds = rows[name][0][0], mean(same_setting(rows[name], rows), "seconds")
-        lines.append([name, mean_and_std(accuracy.values()), mean_and_std(gain, "+") if gain else "-", base_name,
-                      str(len(gain)), f"{start['forward_flops'] / 1e9:.3f}", f"{seconds:.0f}",
-                      f"`python {command} --size {size}`"])
-    if not lines:
+        pairs[name] = [(log, base[seed]) for seed, log in logs.items() if seed in base]
+    rows = {name: [log for log, _ in some] for name, some in pairs.items() if some}
+    if not rows:
         return ""
+    lines, accuracy = [], lambda log: 100 * log[-1]["test_accuracy"]
+    for name, logs in rows.items():
+        base_name, command = plan[name]
+        lines.append([name, mean_and_std(map(accuracy, logs)),
+                      mean_and_std([accuracy(log) - accuracy(base) for log, base in pairs[name]], "+"), base_name,
+                      str(len(logs)), f"{logs[0][0]['forward_flops'] / 1e9:.3f}",
+                      f"{mean(same_setting(logs, rows), 'seconds'):.0f}", f"`python {command} --size {size}`"])
     head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
-    rest = f"\nNot run: {len(missing)} more that `results/reproduce.sh` has.\n" if missing else ""
+    missing = len(plan) - len(rows)
+    rest = f"\nNot run: {missing} more that `results/reproduce.sh` has.\n" if missing else ""
     return as_markdown(f"{size}, ablations", head, lines, rows) + rest
 
 
@@ -404,6 +396,8 @@ def main():
     if args.count < 1:
         parser.error("--count must be at least 1")
     try:
+        if args.out and (not args.out.endswith(".png") or not os.path.isdir(os.path.dirname(args.out) or ".")):
+            raise InputError(f"cannot write {args.out}: --out names a .png file in a folder that exists")
         globals()[args.what](args)
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ weights, and what it takes to rebuild the model).
 
 import time
 
-START = time.perf_counter()  # before torch is imported, so that a run's seconds include its imports
+BEGAN = time.perf_counter()  # before torch is imported, so that a run's seconds include its imports
 
 import argparse
 import copy
@@ -23,12 +23,12 @@ import os
 import platform
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -205,9 +205,12 @@ def resolve(config):
             setattr(config, field.name, preset[field.name])
     for field in dataclasses.fields(config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
+        if value is not None and (low is not None and not low <= value < math.inf
+                                  or high is not None and not value <= high):
             raise InputError(f"{flag_of(field)} must be {'at least' if high is None else 'from'} {low}"
                              f"{'' if high is None else f' to {high}'}, not {value}")
+    if choose_amp(config) == "fp16" and config.optimizer == "muon":
+        raise InputError("Muon does not work with fp16: use --amp bf16 or --amp off")
     if not config.name:
         config.name = f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
         config.name += f"-hold-out-{config.hold_out}" if config.hold_out else ""
@@ -264,8 +267,7 @@ def split_parameters(model):
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))]
     matrices = [m.in_proj_weight if isinstance(m, nn.MultiheadAttention) else m.weight for m in layers]
-    first = model.trunk[0].weight if hasattr(model, "trunk") else model.patch_embed.proj.weight
-    ends = {id(p) for p in (first, *model.head.parameters())}
+    ends = {id(p) for p in (matrices[0], *model.head.parameters())}  # modules() goes from the first layer to the last
     inner = [p for p in matrices if id(p) not in ends]
     outer = [p for p in matrices if id(p) in ends]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
@@ -337,7 +339,7 @@ def make_optimizers(model, config):
         optimizers.append(Muon(inner, config.muon_lr, config.momentum, config.weight_decay,
                                dtype=torch.bfloat16 if choose_amp(config) == "bf16" else torch.float32))
         inner = []
-    # 0.99 and not 0.999, which looks back 1,000 steps: all that a tiny run has.
+    # 0.99 and not 0.999, which looks back 1,000 steps: all that a tiny run has. For base it was not tuned.
     groups = [dict(params=inner + outer, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
     optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True))
     for optimizer in optimizers:
@@ -384,9 +386,14 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions."""
+    """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions.
+
+    But not cuDNN's attention, which newer versions of torch prefer on an H100: with 64 tokens its gradients can be nan
+    (pytorch issue 196678).
+    """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def choose_compile(config):
@@ -490,13 +497,11 @@ def describe_machine(device):
 
 def git_commit():
     """The commit that this code is at, with "+" after it if files were changed since, or None outside a checkout."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def peak_memory(device):
@@ -518,7 +523,7 @@ def peak_memory(device):
 def wait(device):
     """Until the device has done all that it was told to."""
     if device != "cpu":
-        getattr(torch, device).synchronize()
+        torch.accelerator.synchronize()
 
 
 def clock(seconds):
@@ -649,7 +654,7 @@ def check_finite(losses, step, model, lr):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
-def count_steps(config, images, processes):
+def count_steps(config, images, processes=1):
     """Steps of an epoch, of the run, and of its warm-up. InputError if the batch size does not fit."""
     steps_per_epoch = images // config.batch_size
     if steps_per_epoch == 0:
@@ -661,12 +666,12 @@ def count_steps(config, images, processes):
     return steps_per_epoch, total_steps, min(round(config.warmup * steps_per_epoch), total_steps // 5)
 
 
-def run(config, loss_function=cross_entropy, start=START, **about):
+def run(config, loss_function=cross_entropy, began=BEGAN, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
     loss_function(logits, targets, images) -> (loss, more to log) is what distill.py replaces; logits are float32,
-    targets soft. Where the loss can fall below the targets' entropy, "floor" is among what it gives to log. `start` is
-    when the run's clock began, `about` what the log's first line shall say besides.
+    targets soft. Where the loss can fall below the targets' entropy, "floor" is among what it gives to log. `began` is
+    when the run's clock did, `about` what the log's first line shall say besides.
     Raises InputError for what the person who started it can fix.
     """
     # What runs: data, model, precision.
@@ -674,8 +679,6 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     device = torch.device(config.device)
     use_fast_kernels()
     amp, autocast, compiled = choose_amp(config), make_autocast(config), choose_compile(config)
-    if amp == "fp16" and config.optimizer == "muon":
-        raise InputError("Muon does not work with fp16: use --amp bf16 or --amp off")
     dataset = load_for_all(config)
     fell_back = config.dataset == "auto" and dataset.name == "shapes"
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
@@ -717,7 +720,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     step, speeds = 0, []
     if checkpoint:
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
-        start -= seconds  # the clock goes on from where it stood
+        began -= seconds  # the clock goes on from where it stood
         del checkpoint  # and its copy of the weights
         if step >= total_steps and os.path.exists(model_path):
             print(f"{folder} has had its {step // steps_per_epoch} epochs already: ask for more with --epochs")
@@ -729,13 +732,13 @@ def run(config, loss_function=cross_entropy, start=START, **about):
     def save_last():
         """Write last.pt. A run that was asked to stop ends here."""
         nonlocal last_save, save_seconds
-        began = time.perf_counter()
+        save_began = time.perf_counter()
         if rank == 0:
             save(dict(config=dataclasses.asdict(config), data=data, step=step, curves=curves, speeds=speeds,
-                      seconds=time.perf_counter() - start,
+                      seconds=time.perf_counter() - began,
                       **{name: part.state_dict() for name, part in stateful.items()}), os.path.join(folder, "last.pt"))
         last_save = time.perf_counter()
-        save_seconds = last_save - began
+        save_seconds = last_save - save_began
         if stopped_by and step < total_steps:
             print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it")
             raise SystemExit(128 + stopped_by[0])
@@ -784,7 +787,7 @@ def run(config, loss_function=cross_entropy, start=START, **about):
                 scaler.step(optimizer)
             scaler.update()
             model.zero_grad()
-            if averaged is not model:  # at first over a ninth of the steps so far: the first weights are forgotten
+            if averaged is not model:  # the decay rises from 0.1 to config.ema, so that the first weights are forgotten
                 decay = min(config.ema, (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
             for name, value in {"loss": loss, "floor": entropy(targets), **parts}.items():
@@ -812,8 +815,8 @@ def run(config, loss_function=cross_entropy, start=START, **about):
         seconds = time.perf_counter() - epoch_start
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
         speeds.append((steps_per_epoch - done) * config.batch_size / seconds)
-        elapsed = time.perf_counter() - start
-        means = {name: float(np.mean(curve.tolist())) for name, curve in curves.items()}
+        elapsed = time.perf_counter() - began
+        means = {name: statistics.fmean(curve.tolist()) for name, curve in curves.items()}
         loss, floor = means.pop("loss"), means.pop("floor")
         wipe = "\r\033[K" if sys.stdout.isatty() else ""  # the progress line
         others = "".join(f"  {name} {value:.4f}" for name, value in means.items())
@@ -831,8 +834,8 @@ def run(config, loss_function=cross_entropy, start=START, **about):
         weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
         save(dict(model=config.model, options=options, dataset=dataset.name, classes=dataset.classes,
                   mean=dataset.mean.cpu(), std=dataset.std.cpu(), state_dict=weights), model_path)
-    seconds = time.perf_counter() - start
-    speed = float(np.median(speeds[1:] or speeds or [0]))  # the first epoch also compiles
+    seconds = time.perf_counter() - began
+    speed = statistics.median(speeds[1:] or speeds or [0.0])  # the first epoch also compiles
     training_seconds = sum(steps_per_epoch * config.batch_size / s for s in speeds)  # evaluations left out
     log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
         hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,

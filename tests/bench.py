@@ -94,10 +94,10 @@ class Ours:
         if config.batch_size > len(dataset.train_labels):
             raise InputError(f"--batch-size {config.batch_size} is more than {dataset.name}'s training images")
         self.config = config
-        ours = train.make_model(config, dataset) if model is None else model
-        self.model = ours.to(config.device, memory_format=torch.channels_last).train()
-        self.optimizers = ([torch.optim.AdamW(model.parameters(), fused=True)] if model is not None
-                           else train.make_optimizers(self.model, config))
+        self.model = train.make_model(config, dataset) if model is None else model
+        self.model.to(config.device, memory_format=torch.channels_last).train()
+        self.optimizers = (train.make_optimizers(self.model, config) if model is None
+                           else [torch.optim.AdamW(model.parameters(), fused=True)])
         for group in itertools.chain(*(optimizer.param_groups for optimizer in self.optimizers)):
             group["lr"] = 1e-5
         self.weights = train.float_state(self.model) if config.ema else []
@@ -205,10 +205,10 @@ def compare(contestants, device, windows, seconds):
     """{label: images/s, the median over the windows}, and {label: seconds of the first step}. In turns."""
     first, steps, speeds = {}, {}, {label: [] for label in contestants}
 
-    def clocked(loop, steps):
+    def clocked(loop, n):
         train.wait(device)
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(n):
             loop.step()
         train.wait(device)
         return time.perf_counter() - start
@@ -248,7 +248,7 @@ def in_own_process(argv, windows, seconds):
     try:
         loop = Ours(config, load_dataset(config.dataset, config.data_dir).to(config.device))
         speeds, _ = compare({"": loop}, config.device, windows, seconds)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of these
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         return None, None
@@ -275,7 +275,7 @@ def models(args):
         label = f"{name}, {size}"
         config = train.resolve(train.parse_config(argv=argv))
         on_device, rate = dataset.to(config.device), matrix_rate(config)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         contestants = {label: Ours(config, on_device)}
         if train.choose_compile(config):
             contestants[f"{label}: not compiled"] = Ours(dataclasses.replace(config, compile="off"), on_device)

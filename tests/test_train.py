@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import data
+import distill
 import train
 from model import build_model
 
@@ -54,12 +55,15 @@ def same(a, b):
 
 # ---- Config
 
-def test_every_field_is_a_flag_with_help_and_is_read():
-    text = " ".join(command_line("--help").stdout.split())
-    source = (ROOT / "train.py").read_text()
-    for field in dataclasses.fields(train.Config):
-        assert f"--{field.name.replace('_', '-')} " in text and field.metadata["help"] in text, field.name
-        read = field.name in train.RECIPE or re.search(rf"\bconfig\.{field.name}\b", source)
+@pytest.mark.parametrize("config_class", [train.Config, distill.Config])
+def test_every_field_is_a_flag_with_help_and_is_read(config_class, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(config_class, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    source = (ROOT / "train.py").read_text() + (ROOT / "distill.py").read_text()
+    for field in dataclasses.fields(config_class):
+        assert f"{train.flag_of(field)} " in text and field.metadata["help"] in text, field.name
+        read = field.name in train.RECIPE or re.search(rf"\bconfig\.{field.name}\b(?! =)", source)
         assert read, f"nothing reads {field.name}"
 
 
@@ -83,6 +87,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
     (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), (["--amp", "fp16"], "Muon"),
+    (["--warmup", "inf"], "--warmup"),
     (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
