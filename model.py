@@ -86,8 +86,9 @@ class Attention(nn.Module):
             weights = scores.softmax(dim=-1)
             out = weights.to(v.dtype) @ v  # (B, H, N, E)
         else:
-            # The same in one kernel, which never writes the N x N weights to memory, and never gets a mask: there is
-            # nothing to hide. On CPUs its backward pass is several times as slow as the lines above (README, "Speed").
+            # The same in one kernel, which never writes the N x N weights to memory. It never gets a mask: there is
+            # nothing to hide, and with one cuDNN's gradients for 64 tokens can be nan (pytorch issue 196678). On CPUs
+            # its backward pass is slower than the lines above, in bf16 several times (README, "Speed").
             out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
         out = self.proj(out.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
         return (out, weights) if return_weights else out

@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -125,7 +126,7 @@ class Config:
 # How each size trains. A tiny run sees every image only a few times: it underfits, and strong regularisation would only
 # slow it down, so its full recipe is label smoothing. A base run sees every image 200 times, and needs all there is.
 NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
-RECIPE = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
+AUGMENTATION = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
 TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,
             momentum=0.6, weight_decay=0.01, warmup=0.2, schedule="linear", clip=0.0, ema=0.0)
 BASE = dict(crop=4, trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0, epochs=200,
@@ -386,25 +387,21 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions.
-
-    But not cuDNN's attention, which newer versions of torch prefer on an H100: with 64 tokens its gradients can be nan
-    (pytorch issue 196678).
-    """
+    """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def choose_compile(config):
-    """Whether to compile. auto: base runs with CUDA, where Triton, which it builds on, is there and knows the GPU.
+    """Whether to compile. auto: base runs with CUDA, where what it needs is there: Triton, and the C compiler it calls.
 
     Tiny runs are short: on two CPU cores they win back about the time that compiling takes.
     """
     if config.compile != "auto":
         return config.compile == "on"
-    return (config.device == "cuda" and config.size == "base" and importlib.util.find_spec("triton") is not None
-            and torch.cuda.get_device_capability() >= (7, 0))
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return (config.device == "cuda" and config.size == "base" and compiler is not None
+            and importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (7, 0))
 
 
 def count_flops(name, options, image_shape):
@@ -692,7 +689,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
         checkpoint = open_run(config)
     else:
         checkpoint = load(os.path.join(folder, "last.pt"), config.device) if config.resume else None
-    recipe = {name: getattr(config, name) for name in RECIPE}
+    augmentation = {name: getattr(config, name) for name in AUGMENTATION}
     options = model_options(config, len(dataset.classes))
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
     model = make_model(config, dataset)
@@ -769,7 +766,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
         model.train()
         epoch_start, shown = time.perf_counter(), time.perf_counter()
         done = step % steps_per_epoch  # of this epoch, more than 0 only after a resume
-        batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done, **recipe)
+        batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done, **augmentation)
         for i, (images, targets) in enumerate(batches, start=done):
             # All of it, if there is one process: (B, C, S, S) and (B, K).
             images, targets = images[rank::processes], targets[rank::processes]

@@ -106,9 +106,9 @@ class Ours:
         self.scaler = torch.amp.GradScaler(config.device, enabled=train.choose_amp(config) == "fp16")
         if train.choose_compile(config):
             self.model.compile()
-        recipe = {name: getattr(config, name) for name in train.RECIPE}
+        augmentation = {name: getattr(config, name) for name in train.AUGMENTATION}
         self.batches = itertools.chain.from_iterable(
-            train_batches(dataset, epoch, config.batch_size, 0, **recipe) for epoch in itertools.count())
+            train_batches(dataset, epoch, config.batch_size, 0, **augmentation) for epoch in itertools.count())
 
     def step(self, mark=lambda part: None):
         mark("augment")

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-import train
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -488,7 +487,6 @@ def test_each_class_can_be_copied_out(name, options, entering, letters):
 @pytest.mark.parametrize("N", [64, 65])
 def test_attention_on_cuda(N):
     """Under bf16 autocast both paths' output and gradients are finite, and within bf16's rounding of float32."""
-    train.use_fast_kernels()
     x, attention = randn(8, N, 384).float().cuda(), model.Attention(384, 6).cuda()
     for options in ({}, {"return_weights": True}):
         results = []

@@ -63,7 +63,7 @@ def test_every_field_is_a_flag_with_help_and_is_read(config_class, capsys):
     source = (ROOT / "train.py").read_text() + (ROOT / "distill.py").read_text()
     for field in dataclasses.fields(config_class):
         assert f"{train.flag_of(field)} " in text and field.metadata["help"] in text, field.name
-        read = field.name in train.RECIPE or re.search(rf"\bconfig\.{field.name}\b(?! =)", source)
+        read = field.name in train.AUGMENTATION or re.search(rf"\bconfig\.{field.name}\b(?! =)", source)
         assert read, f"nothing reads {field.name}"
 
 
@@ -317,15 +317,18 @@ def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, 
     assert log[0]["data"]["name"] == "shapes" and log[0]["data"]["fell_back"]
 
 
-@pytest.mark.parametrize("bf16, capability, triton, size, amp, compiled", [
-    (True, (9, 0), True, "base", "bf16", True), (True, (9, 0), True, "tiny", "bf16", False),
-    (False, (7, 5), True, "base", "fp16", True), (False, (7, 5), True, "tiny", "off", False),  # tiny has Muon
-    (False, (6, 1), True, "base", "fp16", False), (True, (9, 0), False, "base", "bf16", False)])
-def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, triton, size, amp, compiled):
+@pytest.mark.parametrize("bf16, capability, has, size, amp, compiled", [
+    (True, (9, 0), "triton gcc", "base", "bf16", True), (True, (9, 0), "triton gcc", "tiny", "bf16", False),
+    (False, (7, 5), "triton clang", "base", "fp16", True), (False, (7, 5), "triton gcc", "tiny", "off", False),  # Muon
+    (False, (6, 1), "triton gcc", "base", "fp16", False), (True, (9, 0), "gcc", "base", "bf16", False),
+    (True, (9, 0), "triton", "base", "bf16", False)])
+def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, size, amp, compiled):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name if name in has else None)
+    monkeypatch.setattr(train.shutil, "which", lambda name: name if name in has else None)
+    monkeypatch.delenv("CC", raising=False)
     chosen = config("--size", size, "--model", "vit")
     assert (chosen.device, train.choose_amp(chosen), train.choose_compile(chosen)) == ("cuda", amp, compiled)
 
