@@ -360,7 +360,7 @@ def luma(images):
 def color_jitter(images, strength):
     """Brightness, contrast and saturation, in this order, each times a factor drawn from 1 - strength to 1 + strength.
 
-    images float (B, C, S, S), 0 to 1 -> the same. Each is a step away from, or towards, a plainer image: black, the
+    images float (B, 3, S, S), 0 to 1 -> the same. Each is a step away from, or towards, a plainer image: black, the
     mean grey, the grey image.
     """
     plainer = (lambda x: 0.0, lambda x: luma(x).mean(dim=(2, 3), keepdim=True), luma)
@@ -427,7 +427,7 @@ def trivial_augment(images, probability):
 
     Müller & Hutter 2021, 2103.10158.
 
-    images float (B, C, S, S), 0 to 1 -> the same. The operations and their ranges are the paper's ("wide"), except
+    images float (B, 3, S, S), 0 to 1 -> the same. The operations and their ranges are the paper's ("wide"), except
     that an image is shifted by at most half its side, not by all of it. All operations are computed for the whole
     batch and each image takes its own: to gather the images that drew one, the host would have to wait for the device
     to count them.

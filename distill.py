@@ -99,11 +99,15 @@ def make_loss(teacher, config):
 
 def train_teacher(config):
     """The path of the ResNet-18's model.pt that `python train.py --model resnet18` makes, trained now if need be."""
-    shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
-    teacher = train.resolve(train.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
+    shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "compile", "out")
+    amp = "auto" if config.amp == "fp16" else config.amp  # the teacher may have Muon, which does not work with fp16
+    teacher = train.resolve(train.Config(model="resnet18", amp=amp, **{name: getattr(config, name) for name in shared}))
     folder = os.path.join(teacher.out, teacher.name)
     path = os.path.join(folder, "model.pt")
     if not os.path.exists(path):
+        # Does the student's batch size fit? Not to be found out after the teacher's training.
+        _, processes = train.join_processes(config)
+        train.count_steps(config, len(train.load_for_all(config).train_labels), processes)
         teacher.resume = os.path.exists(os.path.join(folder, "last.pt"))
         teacher.overwrite = not teacher.resume
         print(f"first the teacher, {folder}")
@@ -167,10 +171,9 @@ def start(config):
         config.resume, config.overwrite = False, True
     if not config.alpha:
         return train.run(config)
-    dataset = train.load_for_all(config)
-    train.count_steps(config, len(dataset.train_labels))  # nor that the batch size does not fit
     path = config.teacher or train_teacher(config)
     began = time.perf_counter()
+    dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
     if train.choose_compile(config):
         teacher.compile()

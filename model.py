@@ -187,7 +187,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, extra_tokens, dim)) if extra_tokens else None
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + extra_tokens, dim))
         if encoder == "explicit":
-            rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+            rates = [drop_path * (i / (depth - 1) if depth > 1 else 1) for i in range(depth)]
             self.blocks = nn.Sequential(*[Block(dim, num_heads, mlp_ratio, rate, gamma_init) for rate in rates])
         else:
             if drop_path or gamma_init is not None:
@@ -403,7 +403,7 @@ class Hybrid(nn.Module):
         return self.head(x)  # (B, K), or (B, 2, K) in training with pool="distill"
 
 
-# Each has a `head`, and a `trunk` or a `patch_embed`, by which train.py finds the layers at both ends.
+# Each has a `head`, and a `trunk` or a `patch_embed` that comes first: train.py looks for the layers at both ends.
 MODELS = {"vit": ViT, "hybrid": Hybrid, "resnet18": ResNet18}
 
 

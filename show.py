@@ -284,7 +284,6 @@ def finished_runs(size, name):
 
 
 def mean_and_std(values, sign=""):
-    values = list(values)
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.2f}{spread}"
 
@@ -363,7 +362,7 @@ def ablation_table(size):
     lines, accuracy = [], lambda log: 100 * log[-1]["test_accuracy"]
     for name, logs in rows.items():
         base_name, command = plan[name]
-        lines.append([name, mean_and_std(map(accuracy, logs)),
+        lines.append([name, mean_and_std([accuracy(log) for log in logs]),
                       mean_and_std([accuracy(log) - accuracy(base) for log, base in pairs[name]], "+"), base_name,
                       str(len(logs)), f"{logs[0][0]['forward_flops'] / 1e9:.3f}",
                       f"{mean(same_setting(logs, rows), 'seconds'):.0f}", f"`python {command} --size {size}`"])
@@ -396,8 +395,8 @@ def main():
     if args.count < 1:
         parser.error("--count must be at least 1")
     try:
-        if args.out and (not args.out.endswith(".png") or not os.path.isdir(os.path.dirname(args.out) or ".")):
-            raise InputError(f"cannot write {args.out}: --out names a .png file in a folder that exists")
+        if args.out and not (os.path.splitext(args.out)[1] and os.path.isdir(os.path.dirname(args.out) or ".")):
+            raise InputError(f"cannot write {args.out}: --out names a picture, as x.png, in a folder that exists")
         globals()[args.what](args)
     except InputError as error:
         sys.exit(f"error: {error}")

@@ -206,11 +206,12 @@ def resolve(config):
             setattr(config, field.name, preset[field.name])
     for field in dataclasses.fields(config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        if value is not None and (low is not None and not low <= value < math.inf
-                                  or high is not None and not value <= high):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag_of(field)} must be a finite number, not {value}")
+        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
             raise InputError(f"{flag_of(field)} must be {'at least' if high is None else 'from'} {low}"
                              f"{'' if high is None else f' to {high}'}, not {value}")
-    if choose_amp(config) == "fp16" and config.optimizer == "muon":
+    if config.amp == "fp16" and config.optimizer == "muon":
         raise InputError("Muon does not work with fp16: use --amp bf16 or --amp off")
     if not config.name:
         config.name = f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
@@ -651,7 +652,7 @@ def check_finite(losses, step, model, lr):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
-def count_steps(config, images, processes=1):
+def count_steps(config, images, processes):
     """Steps of an epoch, of the run, and of its warm-up. InputError if the batch size does not fit."""
     steps_per_epoch = images // config.batch_size
     if steps_per_epoch == 0:

@@ -152,6 +152,7 @@ def test_drop_path_grows_linearly():
     """From 0 in the first block to drop_path in the last."""
     rates = [block.drop_path.rate for block in model.Encoder(4, 8, 5, 2, drop_path=0.2).blocks]
     np.testing.assert_allclose(rates, np.linspace(0, 0.2, 5), atol=1e-12)
+    assert model.Encoder(4, 8, 1, 2, drop_path=0.2).blocks[0].drop_path.rate == 0.2
 
 
 def test_layer_scale_equals_numpy():

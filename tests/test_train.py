@@ -60,10 +60,10 @@ def test_every_field_is_a_flag_with_help_and_is_read(config_class, capsys):
     with pytest.raises(SystemExit):
         train.parse_config(config_class, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    source = (ROOT / "train.py").read_text() + (ROOT / "distill.py").read_text()
+    source = "".join((ROOT / f"{file}.py").read_text() for file in {"train", config_class.__module__})
     for field in dataclasses.fields(config_class):
         assert f"{train.flag_of(field)} " in text and field.metadata["help"] in text, field.name
-        read = field.name in train.AUGMENTATION or re.search(rf"\bconfig\.{field.name}\b(?! =)", source)
+        read = field.name in train.AUGMENTATION or re.search(rf"\bconfig\.{field.name}\b(?! = )", source)
         assert read, f"nothing reads {field.name}"
 
 
@@ -87,7 +87,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
     (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), (["--amp", "fp16"], "Muon"),
-    (["--warmup", "inf"], "--warmup"),
+    (["--warmup", "inf"], "--warmup"), (["--gamma-init", "inf"], "--gamma-init"),
     (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
@@ -321,14 +321,14 @@ def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, 
     (True, (9, 0), "triton gcc", "base", "bf16", True), (True, (9, 0), "triton gcc", "tiny", "bf16", False),
     (False, (7, 5), "triton clang", "base", "fp16", True), (False, (7, 5), "triton gcc", "tiny", "off", False),  # Muon
     (False, (6, 1), "triton gcc", "base", "fp16", False), (True, (9, 0), "gcc", "base", "bf16", False),
-    (True, (9, 0), "triton", "base", "bf16", False)])
+    (True, (9, 0), "triton", "base", "bf16", False), (True, (9, 0), "triton CC", "base", "bf16", True)])
 def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, size, amp, compiled):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name if name in has else None)
     monkeypatch.setattr(train.shutil, "which", lambda name: name if name in has else None)
-    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("CC", "a compiler") if "CC" in has else monkeypatch.delenv("CC", raising=False)
     chosen = config("--size", size, "--model", "vit")
     assert (chosen.device, train.choose_amp(chosen), train.choose_compile(chosen)) == ("cuda", amp, compiled)
 
