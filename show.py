@@ -11,13 +11,14 @@
 """
 
 import argparse
+import collections
 import dataclasses
 import glob
-import itertools
 import json
 import os
 import re
 import statistics
+import string
 import sys
 
 import torch
@@ -288,36 +289,35 @@ def mean_and_std(values, sign=""):
     return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
-def setting(log):
+def place(log):
     """Where a run was made and in which precision: what its seconds depend on."""
     machine, precision = log[0]["machine"].replace(" 1 threads", " 1 thread"), log[0]["amp"]
     return f"{machine}, {'float32' if precision == 'off' else precision}"
 
 
-def same_setting(logs, rows):
-    """Those of a row's runs that were made as most runs of all rows, or else as most of its own.
+def lettered(rows):
+    """A letter for each place where runs were made, from that of most runs on: {place: letter}. rows: {name: logs}."""
+    count = collections.Counter(place(log) for logs in rows.values() for log in logs)
+    return dict(zip((name for name, _ in count.most_common()), string.ascii_lowercase))
 
-    Seconds on unlike machines have no mean. rows: {name: logs}.
+
+def on(logs, letters):
+    """(Those of a row's runs that were made in the most usual place, in which places how many): what the row shows.
+
+    Seconds on unlike machines have no mean.
     """
-    usual, own = (statistics.mode(map(setting, some)) for some in (itertools.chain(*rows.values()), logs))
-    return [log for log in logs if setting(log) == usual] or [log for log in logs if setting(log) == own]
+    count = collections.Counter(letters[place(log)] for log in logs)
+    first = [log for log in logs if letters[place(log)] == min(count)]
+    return first, ", ".join(f"{n} {letter}" if len(count) > 1 else letter for letter, n in sorted(count.items()))
 
 
-def as_markdown(title, head, lines, rows):
-    """A Markdown table under the machine of most runs; the others are listed below it. rows: {name: its logs}."""
-    place = lambda log: f"{setting(log)}, torch {log[0]['torch']}"
-    places = [place(log) for logs in rows.values() for log in logs]
-    first = statistics.mode(places) if places else "no machine yet"
-    table = "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
-    for other in sorted(set(places) - {first}, key=lambda other: -places.count(other)):
-        there = []
-        for name, logs in rows.items():
-            some = [log for log in logs if place(log) == other]
-            if some:
-                part = f" ({len(some)} of {len(logs)} runs: {mean(some, 'seconds'):.0f} s)"
-                there.append(name + (part if len(some) < len(logs) else ""))
-        table += f"\n{', '.join(there)}: on {other}.\n"
-    return f"{title}, on {first}:\n\n{table}"
+def as_markdown(head, lines, rows, letters):
+    """A Markdown table, and below it what the letters stand for."""
+    text = "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
+    for name, letter in letters.items():
+        versions = sorted({log[0]["torch"] for logs in rows.values() for log in logs if place(log) == name})
+        text += f"\n{letter}: {name}, torch {' and '.join(versions)}\n"
+    return text
 
 
 def mean(logs, key):
@@ -328,26 +328,27 @@ def mean(logs, key):
 def markdown_table(size):
     """The results of that size as a Markdown table: one row for each of reproduce.sh's, over its seeds."""
     head = ["run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
-            "peak GB", "command"]
+            "peak GB", "on", "command"]
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
         runs = 3 * (len(planned(size)) + len(planned(size, "ABLATIONS")))
         command = f"results/reproduce.sh --size {size} --seeds 3"
         return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations: "
                 f"{runs} runs, most of them of 200 epochs.\n")
-    lines, rows = [], {name: list(finished_runs(size, name).values()) for name in planned(size)}
+    rows = {name: list(finished_runs(size, name).values()) for name in planned(size)}
+    lines, letters = [], lettered(rows)
     for name, command in planned(size).items():
         logs = rows[name]
         command = f"`python {command} --size {size}`"
         if not logs:
-            lines.append([name, "not run", *["-"] * 7, command])
+            lines.append([name, "not run", *["-"] * 8, command])
             continue
-        start, alike = logs[0][0], same_setting(logs, rows)
+        start, (alike, where) = logs[0][0], on(logs, letters)
         config = [line["config"] for line in logs[0] if "config" in line][-1]  # --resume can have changed the epochs
         lines.append([name, mean_and_std([100 * log[-1]["test_accuracy"] for log in logs]), str(len(logs)),
                       f"{start['parameters'] / 1e6:.2f}", f"{start['forward_flops'] / 1e9:.3f}",
                       str(config["epochs"]), f"{mean(alike, 'seconds'):.0f}", f"{mean(alike, 'images_per_second'):.0f}",
-                      f"{mean(alike, 'peak_memory_bytes') / 1e9:.2f}", command])
-    return as_markdown(size, head, lines, rows)
+                      f"{mean(alike, 'peak_memory_bytes') / 1e9:.2f}", where, command])
+    return f"{size}:\n\n" + as_markdown(head, lines, rows, letters)
 
 
 def ablation_table(size):
@@ -359,17 +360,17 @@ def ablation_table(size):
     rows = {name: [log for log, _ in some] for name, some in pairs.items() if some}
     if not rows:
         return ""
-    lines, accuracy = [], lambda log: 100 * log[-1]["test_accuracy"]
+    lines, letters, accuracy = [], lettered(rows), lambda log: 100 * log[-1]["test_accuracy"]
     for name, logs in rows.items():
-        base_name, command = plan[name]
+        (base_name, command), (alike, where) = plan[name], on(logs, letters)
         lines.append([name, mean_and_std([accuracy(log) for log in logs]),
                       mean_and_std([accuracy(log) - accuracy(base) for log, base in pairs[name]], "+"), base_name,
                       str(len(logs)), f"{logs[0][0]['forward_flops'] / 1e9:.3f}",
-                      f"{mean(same_setting(logs, rows), 'seconds'):.0f}", f"`python {command} --size {size}`"])
-    head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "command"]
+                      f"{mean(alike, 'seconds'):.0f}", where, f"`python {command} --size {size}`"])
+    head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "on", "command"]
     missing = len(plan) - len(rows)
     rest = f"\nNot run: {missing} more that `results/reproduce.sh` has.\n" if missing else ""
-    return as_markdown(f"{size}, ablations", head, lines, rows) + rest
+    return f"{size}, ablations:\n\n" + as_markdown(head, lines, rows, letters) + rest
 
 
 def table(args):

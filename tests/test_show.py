@@ -167,26 +167,27 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
     unfinished = '{"event": "start"}\n{"event": "epoch", "epoch": 1}\n'
     (tmp_path / "results" / "tiny" / "hybrid-0.jsonl").write_text(unfinished)
     rows = {line.split(" | ")[0].strip("| "): line for line in show.markdown_table("tiny").splitlines() if "|" in line}
-    assert rows["vit"].endswith("| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | "
+    assert rows["vit"].endswith("| 81.00 ± 1.41 | 2 | 2.00 | 0.500 | 3 | 100 | 50 | 2.00 | a | "
                                 "`python train.py --model vit --size tiny` |")
     assert "| 70.00 | 1 |" in rows["vit-basic"]
     assert "not run" in rows["hybrid"] and "not run" in rows["resnet18"]
-    assert "a machine, bf16, torch 2.9.0" in show.markdown_table("tiny")
+    assert "a: a machine, bf16, torch 2.9.0" in show.markdown_table("tiny")
     assert "not run yet" in show.markdown_table("base")
 
 
-def test_seconds_are_those_of_the_tables_machine_and_other_runs_are_listed(tmp_path, monkeypatch):
+def test_seconds_are_those_of_one_machine_and_each_row_says_where_it_ran(tmp_path, monkeypatch):
     (tmp_path / "results" / "tiny").mkdir(parents=True)
     (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
     monkeypatch.setattr(show, "ROOT", str(tmp_path))
     for name, machine, seconds in (("vit-0", "fast", 100), ("vit-1", "slow", 500), ("vit-2", "slow", 700),
-                                   ("hybrid-0", "fast", 10), ("hybrid-1", "fast", 20), ("resnet18-0", "slow", 300)):
+                                   ("hybrid-0", "fast", 10), ("hybrid-1", "fast", 20), ("hybrid-2", "fast", 15),
+                                   ("resnet18-0", "slow", 300)):
         write_log(tmp_path / "results" / "tiny" / f"{name}.jsonl", 0.8, machine, seconds)
     table = show.markdown_table("tiny")
-    assert table.startswith("tiny, on fast, bf16, torch 2.9.0:\n")
-    seconds = {line.split(" | ")[0]: line.split(" | ")[6] for line in table.splitlines() if line.startswith("| ")}
-    assert (seconds["| vit"], seconds["| hybrid"], seconds["| resnet18"]) == ("100", "15", "300")
-    assert "\nvit (2 of 3 runs: 600 s), resnet18: on slow, bf16, torch 2.9.0.\n" in table
+    rows = {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in table.splitlines())}
+    assert [(rows[name][6], rows[name][9]) for name in ("vit", "hybrid", "resnet18")] \
+        == [("100", "1 a, 2 b"), ("15", "a"), ("300", "b")]
+    assert "\na: fast, bf16, torch 2.9.0\n" in table and "\nb: slow, bf16, torch 2.9.0\n" in table
 
 
 def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_path, monkeypatch):
@@ -198,7 +199,7 @@ def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_pat
                            ("patch-8-2", 0.7), ("vit-1-distilled-0", 0.7), ("hard-0", 0.65), ("alpha-1-3", 0.5)):
         write_log(tmp_path / "results" / "tiny" / f"{name}.jsonl", accuracy)
     table = show.ablation_table("tiny")
-    assert ("| patch-8 | 58.00 ± 8.49 | +3.00 ± 1.41 | vit-1 | 2 | 0.500 | 100 | "
+    assert ("| patch-8 | 58.00 ± 8.49 | +3.00 ± 1.41 | vit-1 | 2 | 0.500 | 100 | a | "
             "`python train.py --model vit --patch-size 8 --epochs 1 --size tiny` |") in table
     assert "| hard | 65.00 | -5.00 | vit-1-distilled | 1 |" in table
     assert "alpha-1" not in table  # there is nothing of its seed to compare it with
