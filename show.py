@@ -302,13 +302,14 @@ def lettered(rows):
 
 
 def on(logs, letters):
-    """(Those of a row's runs that were made in the most usual place, in which places how many): what the row shows.
+    """Of a row's runs, those made in the most usual of their places, and the letters of all places, as a text.
 
-    Seconds on unlike machines have no mean.
+    Seconds on unlike machines have no mean: a row shows those of the first.
     """
-    count = collections.Counter(letters[place(log)] for log in logs)
-    first = [log for log in logs if letters[place(log)] == min(count)]
-    return first, ", ".join(f"{n} {letter}" if len(count) > 1 else letter for letter, n in sorted(count.items()))
+    where = [letters[place(log)] for log in logs]
+    first = [log for log, letter in zip(logs, where) if letter == min(where)]
+    count = sorted(collections.Counter(where).items())
+    return first, ", ".join(f"{n} {letter}" if len(count) > 1 else letter for letter, n in count)
 
 
 def as_markdown(head, lines, rows, letters):
