@@ -315,19 +315,20 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 alike.setdefault(p.shape, []).append(p)
             for shape, params in alike.items():
-                updates = []
                 for p in params:
                     if p not in self.state:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum"]
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(momentum, group["momentum"]).flatten(1))  # Nesterov; (O, C*k*k)
-                updates = orthogonalise(torch.stack(updates), self.dtype)  # (n, O, C*k*k)
+                grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+                # As many launches for a list of tensors (foreach) as for one.
+                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+                updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
+                updates = torch.stack(updates).flatten(2)  # (n, O, C*k*k)
+                updates = orthogonalise(updates, self.dtype)
                 # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
                 scale = 0.2 * max(updates.shape[1:]) ** 0.5
-                for p, update in zip(params, updates):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.reshape(shape), alpha=-group["lr"] * scale)
+                updates = updates.to(params[0].dtype).view(-1, *shape).unbind()
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model, config):
