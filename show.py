@@ -334,7 +334,7 @@ def markdown_table(size):
         runs = 3 * (len(planned(size)) + len(planned(size, "ABLATIONS")))
         command = f"results/reproduce.sh --size {size} --seeds 3"
         return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations: "
-                f"{runs} runs, most of them of 200 epochs.\n")
+                f"{runs} runs.\n")
     rows = {name: list(finished_runs(size, name).values()) for name in planned(size)}
     lines, letters = [], lettered(rows)
     for name, command in planned(size).items():

@@ -124,21 +124,21 @@ class Config:
 
 
 # How each size trains. A tiny run sees every image only a few times: it underfits, and strong regularisation would only
-# slow it down, so its full recipe is label smoothing. A base run sees every image 200 times, and needs all there is.
+# slow it down, so its full recipe is label smoothing. A base run sees every image 50 times, and needs all there is.
 NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
 AUGMENTATION = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
 TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,
             momentum=0.6, weight_decay=0.01, warmup=0.2, schedule="linear", clip=0.0, ema=0.0)
-BASE = dict(crop=4, trivial=0.5, jitter=0.2, erasing=0.25, label_smoothing=0.1, mixup=0.8, cutmix=1.0, epochs=200,
-            batch_size=512, optimizer="adamw", lr=2e-3, muon_lr=0.005, momentum=0.95, weight_decay=0.1,
-            warmup=10.0, schedule="cosine", clip=1.0, ema=0.998)
+BASE = dict(crop=4, trivial=0.5, jitter=0.1, erasing=0.25, label_smoothing=0.1, mixup=0.2, cutmix=1.0, epochs=50,
+            batch_size=512, optimizer="muon", lr=2e-3, muon_lr=0.005, momentum=0.95, weight_decay=0.1,
+            warmup=3.0, schedule="cosine", clip=1.0, ema=0.998)
 PRESETS = {
     ("vit", "tiny"): dict(TINY, epochs=4, lr=2e-3, muon_lr=0.01, momentum=0.9, patch_size=4, dim=256, depth=4, heads=4,
                           drop_path=0.0, gamma_init=1.0),
     ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0),
     ("resnet18", "tiny"): dict(TINY, epochs=5),
-    ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=1e-4),
-    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1e-4),
+    ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=0.1),
+    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=0.1),
     ("resnet18", "base"): BASE,
 }
 # Parts of the models that a size fixes. Layers at full resolution cost the most and, with few channels, use a CPU

@@ -35,23 +35,24 @@ cls                both  vit            train.py --model vit --pool cls
 not-whitened       both  vit            train.py --model vit --whiten off
 gamma-none         both  vit            train.py --model vit --gamma-init none
 gamma-1e-5         both  vit            train.py --model vit --gamma-init 1e-5
-gamma-1e-4         tiny  vit            train.py --model vit --gamma-init 1e-4
+gamma-1e-4         both  vit            train.py --model vit --gamma-init 1e-4
 gamma-1e-2         both  vit            train.py --model vit --gamma-init 1e-2
-gamma-0.1          both  vit            train.py --model vit --gamma-init 0.1
+gamma-0.1          tiny  vit            train.py --model vit --gamma-init 0.1
 gamma-1            base  vit            train.py --model vit --gamma-init 1
 adamw-5e-4         both  vit            train.py --model vit --optimizer adamw --lr 5e-4
 adamw-1e-3         both  vit            train.py --model vit --optimizer adamw --lr 1e-3
-adamw-2e-3         tiny  vit            train.py --model vit --optimizer adamw --lr 2e-3
+adamw-2e-3         both  vit            train.py --model vit --optimizer adamw --lr 2e-3
 adamw-4e-3         both  vit            train.py --model vit --optimizer adamw --lr 4e-3
-muon-0.005         both  vit            train.py --model vit --optimizer muon --muon-lr 0.005
+muon-0.0025        base  vit            train.py --model vit --optimizer muon --muon-lr 0.0025
+muon-0.005         tiny  vit            train.py --model vit --optimizer muon --muon-lr 0.005
 muon-0.01          base  vit            train.py --model vit --optimizer muon --muon-lr 0.01
 muon-0.02          both  vit            train.py --model vit --optimizer muon --muon-lr 0.02
 basic              both  vit            train.py --model vit --recipe basic
 basic-trivial      both  basic          train.py --model vit --recipe basic --trivial 0.5
-basic-jitter       both  basic          train.py --model vit --recipe basic --jitter 0.2
+basic-jitter       both  basic          train.py --model vit --recipe basic --jitter 0.1
 basic-erasing      both  basic          train.py --model vit --recipe basic --erasing 0.25
 basic-smoothing    base  basic          train.py --model vit --recipe basic --label-smoothing 0.1
-basic-mixup        both  basic          train.py --model vit --recipe basic --mixup 0.8
+basic-mixup        both  basic          train.py --model vit --recipe basic --mixup 0.2
 basic-cutmix       both  basic          train.py --model vit --recipe basic --cutmix 1
 basic-drop-path    both  basic          train.py --model vit --recipe basic --drop-path 0.1
 basic-ema          base  basic          train.py --model vit --recipe basic --ema 0.998
@@ -65,8 +66,8 @@ no-cutmix          base  vit            train.py --model vit --cutmix 0
 no-drop-path       base  vit            train.py --model vit --drop-path 0
 drop-path-0.2      base  vit            train.py --model vit --drop-path 0.2
 no-ema             base  vit            train.py --model vit --ema 0
-epochs-50          base  vit            train.py --model vit --epochs 50
 epochs-100         base  vit            train.py --model vit --epochs 100
+epochs-200         base  vit            train.py --model vit --epochs 200
 temperature-1      both  vit-distilled  distill.py --student vit --temperature 1
 temperature-4      both  vit-distilled  distill.py --student vit --temperature 4
 alpha-0.5          both  vit-distilled  distill.py --student vit --alpha 0.5
