@@ -175,8 +175,8 @@ def start(config):
     began = time.perf_counter()
     dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
-    if train.choose_compile(config):
-        teacher.compile()
+    if train.choose_compile(config, len(dataset.train_labels)):
+        train.compile_training(teacher, graphs=False)  # it runs between the student's two passes, which are graphs
     accuracy = evaluate(teacher, dataset, config.batch_size, make_autocast(config))
     seconds = seconds_per_step(teacher, dataset, config)
     print(f"teacher {path}: {dataset.test_split} accuracy {accuracy:.4f}, adds {1000 * seconds:.1f} ms to a step")

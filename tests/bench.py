@@ -105,7 +105,7 @@ class Ours:
         self.autocast = train.make_autocast(config)
         self.scaler = torch.amp.GradScaler(config.device, enabled=train.choose_amp(config) == "fp16")
         if train.choose_compile(config):
-            self.model.compile()
+            train.compile_training(self.model)
         augmentation = {name: getattr(config, name) for name in train.AUGMENTATION}
         self.batches = itertools.chain.from_iterable(
             train_batches(dataset, epoch, config.batch_size, 0, **augmentation) for epoch in itertools.count())
@@ -114,6 +114,7 @@ class Ours:
         mark("augment")
         images, targets = next(self.batches)
         mark("forward")
+        torch.compiler.cudagraph_mark_step_begin()
         with self.autocast:
             logits = self.model(images)
         loss, _ = train.cross_entropy(logits.float(), targets, images)
