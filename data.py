@@ -305,7 +305,8 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
 def test_batches(dataset, batch_size):
     """All test images in order: images float32 (batch_size, C, S, S), normalised, and labels (n,), n <= batch_size.
 
-    The last batch is filled up with black images to the same shape, so that nothing is compiled anew.
+    The last batch is filled up with black images to the same shape: for another one, cuDNN would choose its kernels
+    anew.
     """
     for images, labels in zip(dataset.test_images.split(batch_size), dataset.test_labels.split(batch_size)):
         images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))  # (batch_size, C, S, S)

@@ -116,7 +116,7 @@ class Config:
     seed: int = option(0, "random seed of the weights, the batches and the augmentation", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: base with CUDA", choices=("auto", "on", "off"))
+    compile: str = option("auto", "torch.compile; auto: base with CUDA, from 500,000 images in all on", choices=("auto", "on", "off"))
     name: str = option(None, "the run's folder in --out (default: made of model, size, recipe, data set, seed)")
     out: str = option("runs", "the folder that holds the runs' folders")
     resume: bool = option(False, "go on from the run's last.pt")
@@ -212,7 +212,7 @@ def resolve(config):
             raise InputError(f"{flag_of(field)} must be {'at least' if high is None else 'from'} {low}"
                              f"{'' if high is None else f' to {high}'}, not {value}")
     if config.amp == "fp16" and config.optimizer == "muon":
-        raise InputError("Muon does not work with fp16: use --amp bf16 or --amp off")
+        raise InputError("Muon does not work with fp16: use --optimizer adamw, --amp bf16 or --amp off")
     if not config.name:
         config.name = f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
         config.name += f"-hold-out-{config.hold_out}" if config.hold_out else ""
@@ -319,14 +319,14 @@ class Muon(torch.optim.Optimizer):
                     if p not in self.state:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
-                # As many launches for a list of tensors (foreach) as for one.
+                # foreach: one launch for a list of tensors, where their memory layouts agree.
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
                 updates = torch.stack(updates).flatten(2)  # (n, O, C*k*k)
                 updates = orthogonalise(updates, self.dtype)
                 # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
                 scale = 0.2 * max(updates.shape[1:]) ** 0.5
-                updates = updates.to(params[0].dtype).view(-1, *shape).unbind()
+                updates = updates.to(params[0].dtype).contiguous().view(-1, *shape).unbind()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
@@ -398,7 +398,7 @@ def choose_compile(config, images=50_000):
     """Whether to compile, given the number of training images.
 
     auto: base runs with CUDA, where what it needs is there: Triton, and the C compiler it calls. Of those, the ones
-    that win its time back: on an H200, compiling a ViT takes 22 s and then saves 2.75 s of every 50,000 images. Tiny
+    that win its time back: on one H200, compiling a ViT takes 22 s and then saves 2.75 s of every 50,000 images. Tiny
     runs are short: on two CPU cores they win back about the time that compiling takes.
     """
     if config.compile != "auto":
@@ -789,7 +789,8 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
             images, targets = images[rank::processes], targets[rank::processes]
             for group in groups:
                 group["lr"] = lr(step, group["peak_lr"])
-            torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
             with autocast:
                 logits = parallel(images)  # (B, K), or (B, 2, K) with a distillation token
             loss, parts = loss_function(logits.float(), targets, images)

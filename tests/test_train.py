@@ -152,18 +152,20 @@ def test_only_what_multiplies_is_decayed_and_muon_gets_only_what_is_inside(name,
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_muon_is_torchs_muon_and_takes_a_kernel_as_the_matrix_of_its_patches(dtype):
-    weights = [torch.randn(6, 4, 3, 3), torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 16)]
-    kernel, *matrices = (nn.Parameter(weight.clone()) for weight in weights)
-    kernel.data = kernel.data.to(memory_format=torch.channels_last)
+    weights = [torch.randn(6, 4, 3, 3), torch.randn(40, 4, 3, 3), torch.randn(16, 8), torch.randn(16, 8),
+               torch.randn(8, 16)]
+    parameters = [nn.Parameter(weight.clone()) for weight in weights]
+    for kernel in parameters[:2]:
+        kernel.data = kernel.data.to(memory_format=torch.channels_last)
     flat = [nn.Parameter(weight.flatten(1).clone()) for weight in weights]
-    ours = train.Muon([kernel, *matrices], lr=0.1, momentum=0.9, weight_decay=0.3, dtype=dtype)
+    ours = train.Muon(parameters, lr=0.1, momentum=0.9, weight_decay=0.3, dtype=dtype)
     theirs = torch.optim.Muon(flat, lr=0.1, momentum=0.9, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        for p, q in zip([kernel, *matrices], flat):
+        for p, q in zip(parameters, flat):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.flatten(1)
         ours.step(), theirs.step()
-    for p, q, start in zip([kernel, *matrices], flat, weights):
+    for p, q, start in zip(parameters, flat, weights):
         assert (p.flatten(1) - q).norm() < 0.025 * (q - start.flatten(1)).norm()
 
 
@@ -331,6 +333,7 @@ def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, si
     monkeypatch.setenv("CC", "a compiler") if "CC" in has else monkeypatch.delenv("CC", raising=False)
     chosen = config("--size", size, "--model", "vit")
     assert (chosen.device, train.choose_amp(chosen), train.choose_compile(chosen)) == ("cuda", amp, compiled)
+    assert train.choose_compile(config("--size", size, "--epochs", "10")) == compiled
     assert not train.choose_compile(config("--size", size, "--epochs", "9"))  # too short to win the time back
     assert not train.choose_compile(chosen, images=4000)
     assert train.choose_amp(config("--size", size, "--optimizer", "adamw")) == ("bf16" if bf16 else "fp16")
@@ -366,11 +369,11 @@ def test_the_hybrid_passes_40_percent_on_cifar10_after_sixty_steps(tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("model, size", [("vit", "base"), ("hybrid", "base"), ("resnet18", "base"), ("hybrid", "tiny")])
-@pytest.mark.parametrize("amp", ["bf16", "off"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_every_model_trains_on_a_gpu(tmp_path, model, size, amp):
     settings = config("--dataset", "shapes", "--model", model, "--size", size, "--epochs", "3", "--amp", amp,
                       "--device", "cuda", "--batch-size", "200", "--out", str(tmp_path), "--warmup", "0.5",
-                      "--compile", "on")
+                      "--compile", "on", *(["--optimizer", "adamw"] if amp == "fp16" else []))
     train.run(settings)
     log = map(json.loads, open(tmp_path / settings.name / "log.jsonl"))
     losses = [line["train_loss"] for line in log if line["event"] == "epoch"]
@@ -397,3 +400,18 @@ def test_inside_an_epoch_no_step_waits_for_the_gpu_and_nothing_is_compiled_anew(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert graphs[0] > 0 and counters["stats"]["unique_graphs"] == graphs[0]
+    assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_compiled_run_learns_as_much_as_one_that_is_not(tmp_path):
+    losses = []
+    for compiled in ("on", "off"):
+        settings = config("--dataset", "shapes", "--model", "hybrid", "--size", "base", "--recipe", "basic", "--epochs", "3",
+                          "--batch-size", "100", "--device", "cuda", "--compile", compiled, "--name", compiled,
+                          "--out", str(tmp_path))
+        train.run(settings)
+        log = map(json.loads, open(tmp_path / compiled / "log.jsonl"))
+        losses.append([line["train_loss"] for line in log if line["event"] == "epoch"])
+    learned = losses[1][0] - losses[1][-1]
+    assert learned > 0.1 and abs(losses[0][-1] - losses[1][-1]) < 0.1 * learned
