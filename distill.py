@@ -10,7 +10,7 @@ From top to bottom: the loss, the teacher, and the command line. The loop is tra
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -151,16 +151,21 @@ def seconds_per_step(teacher, dataset, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
-def start(config):
-    """Train the student of the command line, and its teacher first if there is none."""
+def resolve(config):
+    """train.resolve, for the teacher's options as well. InputError if one is impossible."""
     if config.distill_token and not config.alpha:
         raise InputError("--distill-token needs a teacher: leave it out with --alpha 0")
     if config.distill_token and config.pool == "cls":
         raise InputError("--distill-token adds a class token too: leave --pool out")
     given = config.name
-    config.pool = "distill" if config.distill_token else config.pool
-    config = train.resolve(config)
+    config = train.resolve(replace(config, pool="distill") if config.distill_token else config)
     config.name = given or ("distill-" if config.alpha else "control-") + config.name
+    return config
+
+
+def start(config):
+    """Train the student of the command line, and its teacher first if there is none."""
+    config = resolve(config)
     train.join_processes(config)
     train.use_fast_kernels()
     folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
@@ -176,7 +181,7 @@ def start(config):
     dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
     if train.choose_compile(config, len(dataset.train_labels)):
-        train.compile_training(teacher, graphs=False)  # it runs between the student's two passes, which are graphs
+        teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such
     accuracy = evaluate(teacher, dataset, config.batch_size, make_autocast(config))
     seconds = seconds_per_step(teacher, dataset, config)
     print(f"teacher {path}: {dataset.test_split} accuracy {accuracy:.4f}, adds {1000 * seconds:.1f} ms to a step")

@@ -116,7 +116,8 @@ class Config:
     seed: int = option(0, "random seed of the weights, the batches and the augmentation", low=0)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: base with CUDA, from 500,000 images in all on", choices=("auto", "on", "off"))
+    compile: str = option("auto", "torch.compile; auto: base with CUDA, from 500,000 images in all on",
+                          choices=("auto", "on", "off"))
     name: str = option(None, "the run's folder in --out (default: made of model, size, recipe, data set, seed)")
     out: str = option("runs", "the folder that holds the runs' folders")
     resume: bool = option(False, "go on from the run's last.pt")
@@ -321,12 +322,11 @@ class Muon(torch.optim.Optimizer):
                 grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
                 # foreach: one launch for a list of tensors, where their memory layouts agree.
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov
-                updates = torch.stack(updates).flatten(2)  # (n, O, C*k*k)
-                updates = orthogonalise(updates, self.dtype)
+                updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov; n times (O, C, k, k)
+                updates = orthogonalise(torch.stack(updates).flatten(2), self.dtype)  # (n, O, C*k*k)
                 # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
                 scale = 0.2 * max(updates.shape[1:]) ** 0.5
-                updates = updates.to(params[0].dtype).contiguous().view(-1, *shape).unbind()
+                updates = updates.to(params[0].dtype).contiguous().view(-1, *shape).unbind()  # n times (O, C, k, k)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 

@@ -58,9 +58,8 @@ def test_every_log_is_of_the_presets_as_they_are_now():
         name, seed = path.stem.rsplit("-", 1)
         changes = {change: command for change, (_, command) in show.planned(size, "ABLATIONS").items()}
         script, *flags = (show.planned(size) | changes)[name].split()
-        config_class = distill.Config if script == "distill.py" else train.Config
-        now = train.resolve(train.parse_config(config_class, [*flags, "--size", size, "--seed", seed]))
-        now.pool = "distill" if getattr(now, "distill_token", False) else now.pool  # as distill.start does
+        program = distill if script == "distill.py" else train
+        now = program.resolve(train.parse_config(program.Config, [*flags, "--size", size, "--seed", seed]))
         free = ("device", "name", "out", "data_dir", "dataset", "overwrite", "resume", "teacher")
         for field, value in vars(now).items():
             assert field in free or was[field] == value, f"{path}: {field}"

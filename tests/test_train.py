@@ -407,9 +407,9 @@ def test_inside_an_epoch_no_step_waits_for_the_gpu_and_nothing_is_compiled_anew(
 def test_a_compiled_run_learns_as_much_as_one_that_is_not(tmp_path):
     losses = []
     for compiled in ("on", "off"):
-        settings = config("--dataset", "shapes", "--model", "hybrid", "--size", "base", "--recipe", "basic", "--epochs", "3",
-                          "--batch-size", "100", "--device", "cuda", "--compile", compiled, "--name", compiled,
-                          "--out", str(tmp_path))
+        settings = config("--dataset", "shapes", "--model", "hybrid", "--size", "base", "--recipe", "basic",
+                          "--epochs", "3", "--batch-size", "100", "--device", "cuda", "--compile", compiled,
+                          "--name", compiled, "--out", str(tmp_path))
         train.run(settings)
         log = map(json.loads, open(tmp_path / compiled / "log.jsonl"))
         losses.append([line["train_loss"] for line in log if line["event"] == "epoch"])
