@@ -340,13 +340,14 @@ def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, si
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
-def test_nothing_is_compiled_after_the_first_epoch_and_checkpoints_keep_their_names(tmp_path):
+@pytest.mark.parametrize("ema", ["0", "0.9"])  # with 0, what is evaluated is the compiled model itself
+def test_nothing_is_compiled_after_the_first_epoch_and_checkpoints_keep_their_names(tmp_path, ema):
     from torch._dynamo.utils import counters
     graphs = []
     for epochs in ("1", "3"):
         torch._dynamo.reset(), counters.clear()
         run(tmp_path, "--name", epochs, "--epochs", epochs, "--compile", "on",
-            "--batch-size", "300", "--drop-path", "0.1", "--ema", "0.9")
+            "--batch-size", "300", "--drop-path", "0.1", "--ema", ema)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] == 1  # for training: evaluation does without
     names = train.load(tmp_path / "3" / "last.pt")["model"].keys()
