@@ -1,4 +1,4 @@
-"""The README: its commands parse, its files exist, and its numbers are those of the logs in results/."""
+"""README.md and results/README.md: their commands parse, their files exist, their numbers are those of the logs."""
 
 import json
 import re
@@ -16,10 +16,11 @@ from model import build_model
 
 ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text()
+BOTH = README + (ROOT / "results" / "README.md").read_text()
 
 
 def test_every_command_is_valid():
-    commands = re.findall(r"python (train|distill)\.py([^\n`#&|]*)", README)
+    commands = re.findall(r"python (train|distill)\.py([^\n`#&|]*)", BOTH)
     assert len(commands) >= 10
     for script, flags in commands:
         if "--help" not in flags and "..." not in flags:
@@ -28,7 +29,7 @@ def test_every_command_is_valid():
 
 
 def test_every_file_that_is_named_exists():
-    for name in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|jsonl))`", README):
+    for name in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|jsonl))`", BOTH):
         assert name in ("log.jsonl",) or (ROOT / name).exists(), name
 
 
@@ -75,7 +76,7 @@ def test_the_tables_of_the_benchmark_are_current():
     results = sorted((ROOT / "results").glob("bench-*.json"))
     assert results
     for path in results:
-        found = re.search(rf"<!-- {path.name} -->\n(.*?)<!-- end of {path.name} -->", README, re.DOTALL)[1]
+        found = re.search(rf"<!-- {path.name} -->\n(.*?)<!-- end of {path.name} -->", BOTH, re.DOTALL)[1]
         assert found == bench.markdown(json.loads(path.read_text())), path.name
 
 
