@@ -322,12 +322,13 @@ def test_real_cifar10():
     near(dataset.mean.flatten(), torch.tensor([0.4914, 0.4822, 0.4465]), 1e-3)
 
 
-def test_train_batches_depend_on_seed_epoch_step_only():
+@pytest.mark.parametrize("together", [1, 3])
+def test_train_batches_depend_on_seed_epoch_step_only(together):
     """Any random state before, and any first step, lead to the same bits with everything on; seeds, epochs differ."""
     small = data.load_shapes(num_train=70, num_test=10)
     run = lambda epoch=2, seed=5, first_step=0: list(data.train_batches(
         small, epoch, 16, seed, first_step, trivial=0.7, jitter=0.3, erasing=0.5, label_smoothing=0.1,
-        mixup=0.8, cutmix=1.0))
+        mixup=0.8, cutmix=1.0, together=together))
     whole = run()
     for step in (0, 1, 3, 4):
         torch.manual_seed(step)
@@ -338,7 +339,7 @@ def test_train_batches_depend_on_seed_epoch_step_only():
     near(torch.cat([targets for _, targets in whole]).sum(1), torch.ones(64))
     for images, _ in whole + list(data.train_batches(small, 0, 16, 0)) + list(data.test_batches(small, 16)):
         assert images.is_contiguous(memory_format=torch.channels_last)  # always: another layout is compiled anew
-    runs = (data.train_batches(small, epoch, 16, seed) for epoch, seed in ((0, 0), (0, 1), (1, 0)))
+    runs = (data.train_batches(small, epoch, 16, seed, together=together) for epoch, seed in ((0, 0), (0, 1), (1, 0)))
     assert len({float(torch.rand(())) for run in runs for _ in run}) == 12  # a random state of its own for each step
 
 
@@ -349,12 +350,13 @@ def test_train_batches_apply_each_option(shapes, option):
     assert not all(map(torch.equal, with_it, without))
 
 
-def test_train_batches_take_each_image_once():
+@pytest.mark.parametrize("together", [1, 3])
+def test_train_batches_take_each_image_once(together):
     """An epoch is a permutation less its last small batch, another one each epoch; labels go with their images."""
     levels = torch.arange(230, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)  # a grey of its own for each
     dataset, orders = data.Dataset("greys", list("abcdefghij"), levels, torch.arange(230) % 10, None, None), []
     for epoch in range(2):
-        batches = list(data.train_batches(dataset, epoch, 50, seed=0))
+        batches = list(data.train_batches(dataset, epoch, 50, seed=0, together=together))
         order = (torch.cat([images for images, _ in batches]) * dataset.std + dataset.mean)[:, 0, 9, 9] * 255
         orders.append(order.round().long())
         assert len(batches) == 4 and len(orders[epoch].unique()) == 200
