@@ -2,6 +2,7 @@
 
 A whole data set of small images fits on any device as uint8, so there are no worker processes and no copies: a batch is
 indexed, then augmented by tensor operations in which every image draws its own crop, flip, colours and erased box.
+From top to bottom: Dataset and where it comes from, train_batches (start reading there), and the augmentations.
 
 Targets are always soft: a row of K probabilities for each image, from one-hot, then label smoothing, then Mixup or
 CutMix. So there is one cross-entropy, and the mean entropy of the rows is a floor that it cannot go below.
@@ -298,17 +299,17 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
         if erasing:
             images = random_erasing(images, erasing)
         targets = soft_targets(dataset.train_labels[index], len(dataset.classes), label_smoothing)
-        for step, images, targets in zip(range(start, steps), images.split(B), targets.split(B)):  # (B, C, S, S), (B, K)
-            if step < first_step:
+        for step, (x, y) in enumerate(zip(images.split(B), targets.split(B)), start):  # (B, C, S, S), (B, K)
+            if step < first_step:  # a resumed run has had it
                 continue
             set_seed(seed, epoch, step + 1, 1)
             # One of the two for the whole batch; with both on, a coin decides.
             if mixup and (not cutmix or torch.rand(()) < 0.5):
-                images, targets = mix_up(images, targets, mixup)
+                x, y = mix_up(x, y, mixup)
             elif cutmix:
-                images, targets = cut_mix(images, targets, cutmix)
+                x, y = cut_mix(x, y, cutmix)
             # One memory layout whatever was drawn, and the one that convolutions like.
-            yield images.contiguous(memory_format=torch.channels_last), targets
+            yield x.contiguous(memory_format=torch.channels_last), y
 
 
 def test_batches(dataset, batch_size):

@@ -166,7 +166,7 @@ def resolve(config):
 def start(config):
     """Train the student of the command line, and its teacher first if there is none."""
     config = resolve(config)
-    train.join_processes(config)
+    _, processes = train.join_processes(config)
     train.use_fast_kernels()
     folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
     if config.resume and not os.path.exists(os.path.join(folder, "last.pt")):
@@ -180,7 +180,7 @@ def start(config):
     began = time.perf_counter()
     dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
-    if train.choose_compile(config, len(dataset.train_labels)):
+    if processes == 1 and train.choose_compile(config, len(dataset.train_labels)):
         teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such
     accuracy = evaluate(teacher, dataset, config.batch_size, make_autocast(config))
     seconds = seconds_per_step(teacher, dataset, config)

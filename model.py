@@ -1,8 +1,9 @@
 """Vision Transformers for small images: the layers and the models, each written out in plain PyTorch.
 
-From leaf to root: DropPath, LayerScale, Attention, MLP, Block, PatchEmbed, Encoder, TwoHeads, ViT; then BasicBlock,
-ResNet18 and Hybrid (a ResNet-18 trunk whose feature map becomes the tokens of the same encoder). `build_model` makes
-one by name. Every class needs torch alone, or says which classes of this file it builds on: copy those along.
+From leaf to root: DropPath, LayerScale, Attention, MLP, Block, PatchEmbed, sine_positions, Encoder, classifier,
+TwoHeads, ViT; then BasicBlock, resnet_trunk, ResNet18 and Hybrid (a ResNet-18 trunk whose feature map becomes the
+tokens of the same encoder); last whiten, a start for the first layer, and build_model, which makes a model by name.
+Each needs torch alone, or says what of this file it builds on: copy that along.
 
     from model import ViT
     logits = ViT(dim=384, depth=7, num_heads=6)(images)  # images (B, 3, 32, 32) float, normalised; logits (B, 10)
@@ -49,11 +50,12 @@ class DropPath(nn.Module):
 class LayerScale(nn.Module):
     """gamma: one learned factor per channel on a residual branch (CaiT, Touvron et al. 2021, 2103.17239).
 
-    x (..., D) -> the same shape. All D factors start at `init`. A small start (1e-4) makes every block begin as the
-    identity, which lets deep encoders train; 1 starts them as a plain pre-norm Transformer.
+    x (..., D) -> the same shape. All D factors start at `init`. A small start makes every block begin near the
+    identity, which lets deep encoders train: the paper has 0.1 for up to 18 blocks, and less for more. But a short run
+    pays for it (README, "What the runs say"). 1 starts as a plain pre-norm Transformer.
     """
 
-    def __init__(self, dim, init=1e-4):
+    def __init__(self, dim, init=0.1):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
@@ -88,7 +90,7 @@ class Attention(nn.Module):
         else:
             # The same in one kernel, which never writes the N x N weights to memory. It never gets a mask: there is
             # nothing to hide, and with one cuDNN's gradients for 64 tokens can be nan (pytorch issue 196678). On CPUs
-            # its backward pass is slower than the lines above, in bf16 several times (README, "Speed").
+            # its backward pass is slower than the lines above, in bf16 several times (README, "Read it").
             out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
         out = self.proj(out.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
         return (out, weights) if return_weights else out
@@ -116,7 +118,7 @@ class Block(nn.Module):
     2020, 2002.04745). `gamma_init=None` leaves gamma out.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1e-4):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=0.1):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
@@ -160,22 +162,44 @@ class PatchEmbed(nn.Module):
         return self.proj(x)  # (B, (S/P)**2, D)
 
 
+def sine_positions(num_tokens, dim):
+    """Position embeddings of a square grid of tokens, row by row, (N, D): sines and cosines of row and column.
+
+    A quarter of D each. Neighbours are alike, which random vectors would have to learn. The frequencies fall from 1
+    radian a token to 0.1; to 1 / 10,000, as for long texts (Vaswani et al. 2017, 1706.03762), most would hardly vary
+    over a small image. ValueError unless the grid is square and D divisible by 4.
+    """
+    side = round(num_tokens**0.5)
+    if side**2 != num_tokens or dim % 4:
+        raise ValueError(f"sine positions need a square grid, not {num_tokens} tokens, and a width divisible by 4, not "
+                         f"{dim}")
+    frequency = 0.1 ** torch.linspace(0, 1, dim // 4)  # (D/4)
+    angle = torch.arange(side)[:, None] * frequency  # (side, D/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)
+    row, col = wave.repeat_interleave(side, dim=0), wave.repeat(side, 1)  # (N, D/2)
+    return torch.cat([row, col], dim=1)  # (N, D)
+
+
 class Encoder(nn.Module):
-    """Tokens in, one feature vector per image out. Builds on Block.
+    """Tokens in, one feature vector per image out. Builds on Block and sine_positions.
 
     x (B, N, D) -> (B, D): adds learned position embeddings (and a class token in front, with pool="cls"), runs `depth`
     blocks and a final LayerNorm, and takes the class token, or the mean over all tokens (pool="mean"). pool="distill"
     puts a distillation token beside the class token, and takes both: (B, 2, D), for TwoHeads.
-    The DropPath rate grows linearly with depth, from 0 in the first block to `drop_path` in the last.
-    encoder="builtin" puts torch's nn.TransformerEncoder in the place of our blocks: pre-norm and GELU as well, but
-    without gamma and DropPath. ValueError for an unknown pool or encoder, or for options that "builtin" does not have.
+    pos_init says what the position embeddings start from: "noise" that is small beside the tokens, or "sine",
+    sine_positions, about as large as they are. The DropPath rate grows linearly with depth, from 0 in the first block
+    to `drop_path` in the last. encoder="builtin" puts torch's nn.TransformerEncoder in the place of our blocks:
+    pre-norm and GELU as well, but without gamma and DropPath. ValueError for an unknown pool, pos_init or encoder, or
+    for options that "builtin" does not have.
     """
 
-    def __init__(self, num_tokens, dim, depth, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1e-4,
-                 pool="mean", encoder="explicit"):
+    def __init__(self, num_tokens, dim, depth, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=0.1,
+                 pool="mean", pos_init="noise", encoder="explicit"):
         super().__init__()
         if pool not in ("mean", "cls", "distill"):
             raise ValueError(f"unknown pool {pool!r}: choose mean, cls or distill")
+        if pos_init not in ("noise", "sine"):
+            raise ValueError(f"unknown pos_init {pos_init!r}: choose noise or sine")
         if encoder not in ("explicit", "builtin"):
             raise ValueError(f"unknown encoder {encoder!r}: choose explicit or builtin")
         if depth < 1:
@@ -184,6 +208,7 @@ class Encoder(nn.Module):
             raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
         self.pool = pool
         extra_tokens = {"mean": 0, "cls": 1, "distill": 2}[pool]
+        # (1, T, D): the class token, and with "distill" beside it the one that a teacher teaches (distill.py).
         self.cls_token = nn.Parameter(torch.zeros(1, extra_tokens, dim)) if extra_tokens else None
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens + extra_tokens, dim))
         if encoder == "explicit":
@@ -191,15 +216,16 @@ class Encoder(nn.Module):
             self.blocks = nn.Sequential(*[Block(dim, num_heads, mlp_ratio, rate, gamma_init) for rate in rates])
         else:
             if drop_path or gamma_init is not None:
-                raise ValueError("torch's built-in encoder has no DropPath and no gamma: "
-                                 "set drop_path=0 and gamma_init=None")
+                raise ValueError("torch's built-in encoder has no DropPath and no gamma: leave both out "
+                                 "(drop_path=0, gamma_init=None)")
             layer = nn.TransformerEncoderLayer(dim, num_heads, int(dim * mlp_ratio), dropout=0.0, activation="gelu",
                                                batch_first=True, norm_first=True)
             self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(dim)
-        self.init_weights(depth)
+        self.init_weights(depth, pos_init)
 
-    def init_weights(self, depth):
+    @torch.no_grad()
+    def init_weights(self, depth, pos_init):
         """Matrices and embeddings from a normal of standard deviation 0.02, biases zero, norms as they are.
 
         0.02 keeps a branch's output well below its input at every width used here. Each block adds two branches to the
@@ -211,6 +237,10 @@ class Encoder(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if last else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        if pos_init == "sine":
+            extra_tokens = 0 if self.cls_token is None else self.cls_token.shape[1]
+            of_patches = self.pos_embed[0, extra_tokens:]  # (N, D)
+            of_patches.copy_(sine_positions(*of_patches.shape))
 
     def forward(self, x):
         if self.cls_token is not None:
@@ -317,6 +347,8 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
         raise ValueError(f"widths {widths} and depths {depths} do not fit together")
     if downsample not in ("stride", "pool"):
         raise ValueError(f"unknown downsample {downsample!r}: choose stride or pool")
+    if activation not in ("relu", "gelu"):
+        raise ValueError(f"unknown activation {activation!r}: choose relu or gelu")
     act = nn.GELU() if activation == "gelu" else nn.ReLU()
     layers = [nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), act]
     channels = widths[0]
@@ -325,32 +357,6 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
             layers.append(BasicBlock(channels, width, downsample if block == 0 and stage > 0 else None, activation))
             channels = width
     return nn.Sequential(*layers)
-
-
-@torch.no_grad()
-def whiten(layer, images):
-    """Let a model's first layer, a convolution or a PatchEmbed, start from the principal components of the images.
-
-    images (B, C, S, S), float, normalised, on the layer's device. Changes the layer's weight, (O, C, P, P) or
-    (D, C*P*P), in place. Neighbouring pixels are alike, so random filters nearly all see a patch's mean colour. The
-    components are uncorrelated (whitened patches: Jordan 2024, 2404.00498, section 3.2; there they stay as they are,
-    here they are trained). Builds on PatchEmbed.
-    """
-    P = layer.patch_size if isinstance(layer, PatchEmbed) else layer.kernel_size[0]
-    patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)
-    patches = patches.transpose(1, 2).flatten(0, 1)  # (B*patches, C*P*P)
-    # The strengths (C*P*P), the weakest first, and the components, the columns of (C*P*P, C*P*P).
-    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-    if isinstance(layer, PatchEmbed):
-        # The same random mixture as before, of components of equal strength. Those with less variance than 0.01 are
-        # noise, and are not blown up to full strength.
-        equal = components * (variances.clamp(min=0) + 0.01) ** -0.5  # (C*P*P, C*P*P)
-        layer.proj.weight.copy_(layer.proj.weight.double() @ equal.T)  # (D, C*P*P)
-    else:
-        # Each component with both signs, as the activation cuts one side off; the BatchNorm makes them equally strong.
-        strongest = components.T.flip(0)[: len(layer.weight) // 2]  # (at most O/2, C*P*P)
-        filters = torch.cat([strongest, -strongest]).view(-1, *layer.weight.shape[1:])  # (at most O, C, P, P)
-        layer.weight[: len(filters)] = filters.to(layer.weight)  # channels beyond 2 C P^2 stay as they are
 
 
 class ResNet18(nn.Module):
@@ -401,6 +407,32 @@ class Hybrid(nn.Module):
         x = self.proj(x)  # (B, R*R, D)
         x = self.encoder(x)  # (B, D), or (B, 2, D) with pool="distill"
         return self.head(x)  # (B, K), or (B, 2, K) in training with pool="distill"
+
+
+@torch.no_grad()
+def whiten(layer, images):
+    """Let a model's first layer, a convolution or a PatchEmbed, start from the principal components of the images.
+
+    images (B, C, S, S), float, normalised, on the layer's device. Changes the layer's weight, (O, C, P, P) or
+    (D, C*P*P), in place. Neighbouring pixels are alike, so random filters nearly all see a patch's mean colour. The
+    components are uncorrelated (whitened patches: Jordan 2024, 2404.00498, section 3.2; there they stay as they are,
+    here they are trained). Builds on PatchEmbed.
+    """
+    P = layer.patch_size if isinstance(layer, PatchEmbed) else layer.kernel_size[0]
+    patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)
+    patches = patches.transpose(1, 2).flatten(0, 1)  # (B*patches, C*P*P)
+    # The strengths (C*P*P), the weakest first, and the components, the columns of (C*P*P, C*P*P).
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    if isinstance(layer, PatchEmbed):
+        # The same random mixture as before, of components of equal strength. Those with less variance than 0.01 are
+        # noise, and are not blown up to full strength.
+        equal = components * (variances.clamp(min=0) + 0.01) ** -0.5  # (C*P*P, C*P*P)
+        layer.proj.weight.copy_(layer.proj.weight.double() @ equal.T)  # (D, C*P*P)
+    else:
+        # Each component with both signs, as the activation cuts one side off; the BatchNorm makes them equally strong.
+        strongest = components.T.flip(0)[: len(layer.weight) // 2]  # (at most O/2, C*P*P)
+        filters = torch.cat([strongest, -strongest]).view(-1, *layer.weight.shape[1:])  # (at most O, C, P, P)
+        layer.weight[: len(filters)] = filters.to(layer.weight)  # channels beyond 2 C P^2 stay as they are
 
 
 # Each has a `head`, and a `trunk` or a `patch_embed` that comes first: train.py looks for the layers at both ends.

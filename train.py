@@ -75,7 +75,8 @@ class Config:
     encoder: str = option("explicit", "our Transformer blocks, or torch's nn.TransformerEncoder",
                           choices=("explicit", "builtin"))
     pool: str = option("mean", "classify the mean of the tokens, or a class token", choices=("mean", "cls"))
-
+    pos_init: str = option(None, "position embeddings start from small noise, or from sines and cosines of the place",
+                           choices=("noise", "sine"))
     whiten: str = option("on", "start the first layer from the principal components of the training images",
                          choices=("on", "off"))
 
@@ -135,11 +136,13 @@ BASE = dict(crop=4, trivial=0.5, jitter=0.1, erasing=0.25, label_smoothing=0.1, 
             warmup=3.0, schedule="cosine", clip=1.0, ema=0.998)
 PRESETS = {
     ("vit", "tiny"): dict(TINY, epochs=4, lr=2e-3, muon_lr=0.01, momentum=0.9, patch_size=4, dim=256, depth=4, heads=4,
-                          drop_path=0.0, gamma_init=1.0),
-    ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0),
+                          drop_path=0.0, gamma_init=1.0, pos_init="sine"),
+    ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0,
+                             pos_init="noise"),
     ("resnet18", "tiny"): dict(TINY, epochs=5),
-    ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=0.1),
-    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=0.1),
+    ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=0.1,
+                          pos_init="noise"),
+    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=0.1, pos_init="noise"),
     ("resnet18", "base"): BASE,
 }
 # Parts of the models that a size fixes. Layers at full resolution cost the most and, with few channels, use a CPU
@@ -230,7 +233,8 @@ def model_options(config, num_classes):
     options = dict(FIXED.get((config.model, config.size), {}), num_classes=num_classes)
     if config.dim is not None:
         options.update(dim=config.dim, depth=config.depth, num_heads=config.heads, drop_path=config.drop_path,
-                       gamma_init=config.gamma_init, pool=config.pool, encoder=config.encoder)
+                       gamma_init=config.gamma_init, pool=config.pool, pos_init=config.pos_init,
+                       encoder=config.encoder)
     if config.patch_size is not None:
         options["patch_size"] = config.patch_size
     return options
@@ -320,13 +324,13 @@ class Muon(torch.optim.Optimizer):
                     if p not in self.state:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
-                # foreach: one launch for a list of tensors, where their memory layouts agree.
+                # foreach: one launch for a list of tensors, if their memory layouts agree.
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                updates = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov; n times (O, C, k, k)
-                updates = orthogonalise(torch.stack(updates).flatten(2), self.dtype)  # (n, O, C*k*k)
+                nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, O, C, k, k)
+                updates = orthogonalise(nesterov.flatten(2), self.dtype)  # (n, O, C*k*k)
                 # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
                 scale = 0.2 * max(updates.shape[1:]) ** 0.5
-                updates = updates.to(params[0].dtype).contiguous().view(-1, *shape).unbind()  # n times (O, C, k, k)
+                updates = torch.empty_like(nesterov).copy_(updates.reshape(nesterov.shape)).unbind()
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
@@ -359,9 +363,9 @@ def float_state(model):
 def cross_entropy(logits, targets, images):
     """The loss of a plain run. logits float32 (B, K), targets (B, K); a teacher would look at the images as well.
 
-    Returns the loss and a dict of what else to log of it, scalars: here nothing.
+    Returns the loss and a dict of what else to log, scalars. "floor" is among them, the least that the loss can be.
     """
-    return F.cross_entropy(logits, targets), {}
+    return F.cross_entropy(logits, targets), dict(floor=entropy(targets))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -409,14 +413,14 @@ def choose_compile(config, images=50_000):
             and torch.cuda.get_device_capability() >= (7, 0))
 
 
-def compile_training(model, graphs=True):
+def compile_training(model):
     """Compile the model's forward and backward pass, in place: unlike torch.compile(model), it keeps all names.
 
-    graphs: record their launches on a GPU as CUDA graphs, each of which is then one launch. Without, an H200 is done
-    with the work before the host has launched it: graphs make the steps of the base ViT 2.5 times as fast. What the
-    model returns is overwritten after torch.compiler.cudagraph_mark_step_begin().
+    "reduce-overhead" records their launches on a GPU as CUDA graphs, each of which is then one launch. Without, an H200
+    is done with the work before the host has launched it: graphs make the steps of the base ViT 2.5 times as fast. They
+    reuse their memory: after torch.compiler.cudagraph_mark_step_begin() the last step's logits and gradients are gone.
     """
-    model.compile(mode="reduce-overhead" if graphs else "default")
+    model.compile(mode="reduce-overhead")
 
 
 def count_flops(name, options, image_shape):
@@ -684,9 +688,8 @@ def count_steps(config, images, processes):
 def run(config, loss_function=cross_entropy, began=BEGAN, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
-    loss_function(logits, targets, images) -> (loss, more to log) is what distill.py replaces; logits are float32,
-    targets soft. Where the loss can fall below the targets' entropy, "floor" is among what it gives to log. `began` is
-    when the run's clock did, `about` what the log's first line shall say besides.
+    loss_function(logits, targets, images) -> (loss, more to log), as cross_entropy, is what distill.py replaces; logits
+    are float32, targets soft. `began` is when the run's clock did, `about` what the log's first line shall say besides.
     Raises InputError for what the person who started it can fix.
     """
     # What runs: data, model, precision.
@@ -695,11 +698,11 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
     use_fast_kernels()
     amp, autocast = choose_amp(config), make_autocast(config)
     dataset = load_for_all(config)
-    compiled = choose_compile(config, len(dataset.train_labels))
+    compiled = processes == 1 and choose_compile(config, len(dataset.train_labels))
     fell_back = config.dataset == "auto" and dataset.name == "shapes"
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
     data = dict(name=dataset.name, train=len(dataset.train_labels), test=len(dataset.test_labels),
-                 test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back)
+                test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back)
     steps_per_epoch, total_steps, warmup_steps = count_steps(config, data["train"], processes)
     lr = lambda step, peak=config.lr: lr_at(step, total_steps, warmup_steps, peak, config.schedule)
     folder = os.path.join(config.out, config.name)
@@ -723,10 +726,10 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if compiled:
-        compile_training(model, graphs=processes == 1)
+        compile_training(model)
     parallel = DistributedDataParallel(model) if processes > 1 else model  # averages the gradients of all processes
     averaged_state, model_state = float_state(averaged), float_state(model)
-    # Each step writes its loss, its floor and more here, on the device; read once an epoch, so no step waits for them.
+    # Each step writes its loss and the rest here, on the device; read once an epoch, so no step waits for them.
     curves = {}
 
     stateful = dict(model=model, averaged=averaged, scaler=scaler,
@@ -776,6 +779,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
+    # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, clipping, optimizers, average.
     accuracy = None
     first_step, first_step_seconds, training_start = step, None, time.perf_counter()
     time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - first_step))
@@ -790,7 +794,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
             for group in groups:
                 group["lr"] = lr(step, group["peak_lr"])
             if compiled:
-                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()  # the last step's logits and gradients are not needed
             with autocast:
                 logits = parallel(images)  # (B, K), or (B, 2, K) with a distillation token
             loss, parts = loss_function(logits.float(), targets, images)
@@ -802,11 +806,11 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()
-            model.zero_grad()
+            model.zero_grad(set_to_none=True)  # not to zeros: the next step reuses a CUDA graph's memory
             if averaged is not model:  # the decay rises from 0.1 to config.ema, so that the first weights are forgotten
                 decay = min(config.ema, (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
-            for name, value in {"loss": loss, "floor": entropy(targets), **parts}.items():
+            for name, value in {"loss": loss, **parts}.items():
                 if name not in curves:
                     curves[name] = torch.zeros(steps_per_epoch, device=device)
                 curves[name][i] = value.detach()
@@ -844,6 +848,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
         if stopped_by or epoch + 1 == config.epochs or time.perf_counter() - last_save >= 100 * save_seconds:
             save_last()
 
+    # The end: model.pt, and the log's last line.
     if accuracy is None:  # resumed after its last epoch
         accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
     if rank == 0:

@@ -33,6 +33,8 @@ patch-2            both  vit            train.py --model vit --patch-size 2
 patch-8            both  vit            train.py --model vit --patch-size 8
 cls                both  vit            train.py --model vit --pool cls
 not-whitened       both  vit            train.py --model vit --whiten off
+pos-noise          tiny  vit            train.py --model vit --pos-init noise
+pos-sine           base  vit            train.py --model vit --pos-init sine
 gamma-none         both  vit            train.py --model vit --gamma-init none
 gamma-1e-5         both  vit            train.py --model vit --gamma-init 1e-5
 gamma-1e-4         both  vit            train.py --model vit --gamma-init 1e-4

@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 
 import show
 import train
-from data import DATASETS, InputError, entropy, load_dataset, train_batches
+from data import DATASETS, InputError, load_dataset, train_batches
 from model import Attention, DropPath, build_model
 
 PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
@@ -119,8 +119,8 @@ class Ours:
             torch.compiler.cudagraph_mark_step_begin()
         with self.autocast:
             logits = self.model(images)
-        loss, _ = train.cross_entropy(logits.float(), targets, images)
-        self.curves = loss.detach(), entropy(targets)
+        loss, parts = train.cross_entropy(logits.float(), targets, images)
+        self.curves = loss.detach(), parts["floor"]
         mark("backward")
         self.scaler.scale(loss).backward()
         mark("optimizer")
@@ -131,7 +131,7 @@ class Ours:
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
-        self.model.zero_grad()
+        self.model.zero_grad(set_to_none=True)
         mark("EMA")
         if self.config.ema:
             get_ema_multi_avg_fn(self.config.ema)(self.averaged, self.weights, None)

@@ -1,12 +1,13 @@
+import os
 import pathlib
 import signal
 import sys
 
+os.environ["OMP_NUM_THREADS"] = "2"  # before torch reads it; for the programs that tests start as well
+
 import pytest
-import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

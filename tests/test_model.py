@@ -161,7 +161,7 @@ def test_layer_scale_equals_numpy():
     np.testing.assert_allclose(scale(x).detach().numpy(), x.numpy() * 0.1, rtol=1e-6)
     nn.init.normal_(scale.gamma)
     np.testing.assert_allclose(scale(x).detach().numpy(), x.numpy() * scale.gamma.detach().numpy())
-    assert 0 < float((model.Block(6, 2).double()(x) - x).detach().abs().max()) < 1e-3
+    assert 0 < float((model.Block(6, 2, gamma_init=1e-4).double()(x) - x).detach().abs().max()) < 1e-3
 
 
 def test_a_block_drops_both_of_its_branches():
@@ -263,7 +263,33 @@ def test_encoder_initialisation(options):
             want, rel = 0.02 / math.sqrt(2 * 3) if last else 0.02, 0.03 if p.numel() > 1000 else 0.2
             assert float(p.detach().std()) == pytest.approx(want, rel=rel), name
         else:
-            assert torch.all(p == (0 if "bias" in name else 1e-4 if "gamma" in name else 1)), name
+            assert torch.all(p == (0 if "bias" in name else 0.1 if "gamma" in name else 1)), name
+
+
+def test_sine_positions():
+    """Every number by its formula; and of all places, those next to a token are most like it."""
+    side, D = 5, 12
+    made = model.sine_positions(side**2, D).view(side, side, D)
+    for row, col, k in itertools.product(range(side), range(side), range(D // 4)):
+        frequency = 0.1 ** (k / (D // 4 - 1))
+        for start, place in ((0, row), (D // 2, col)):
+            assert float(made[row, col, start + k]) == pytest.approx(math.sin(place * frequency), abs=1e-6)
+            assert float(made[row, col, start + D // 4 + k]) == pytest.approx(math.cos(place * frequency), abs=1e-6)
+    distance = (made - made[2, 2]).norm(dim=2)
+    nearest = distance.flatten().argsort()[:5].tolist()
+    assert nearest[0] == 12 and set(nearest[1:]) == {7, 11, 13, 17}  # itself, above, left, right, below
+
+
+@pytest.mark.parametrize("pool, extra", [("mean", 0), ("cls", 1), ("distill", 2)])
+def test_sine_positions_are_those_of_the_patches(pool, extra):
+    """They start the patches' embeddings and nothing else: all other weights are those that noise would give."""
+    made = {}
+    for pos_init in ("noise", "sine"):
+        torch.manual_seed(0)
+        made[pos_init] = model.Encoder(16, 24, 2, 4, pool=pool, pos_init=pos_init).state_dict()
+    noise, sine = made["noise"].pop("pos_embed")[0], made["sine"].pop("pos_embed")[0]
+    assert torch.equal(sine[extra:], model.sine_positions(16, 24)) and torch.equal(sine[:extra], noise[:extra])
+    assert 0.015 < noise.std() < 0.025 and all(map(torch.equal, made["noise"].values(), made["sine"].values()))
 
 
 def test_model_initialisation():
@@ -309,7 +335,11 @@ def test_one_batch_is_learned_by_heart(name, options):
     (lambda: model.ViT(encoder="timm"), "'timm'.*explicit or builtin"),
     (lambda: model.ViT(encoder="builtin", gamma_init=None, drop_path=0.1), "drop_path=0"),
     (lambda: model.ViT(encoder="builtin", gamma_init=1.0), "gamma_init=None"),
+    (lambda: model.ViT(pos_init="zeros"), "'zeros'.*noise or sine"),
+    (lambda: model.Encoder(7, 24, 2, 4, pos_init="sine"), "7 tokens"),
+    (lambda: model.Encoder(9, 18, 2, 3, pos_init="sine"), "divisible by 4, not 18"),
     (lambda: model.ResNet18(downsample="avg"), "'avg'.*stride or pool"),
+    (lambda: model.ResNet18(depths=(0,), widths=(8,), activation="tanh"), "'tanh'.*relu or gelu"),
     (lambda: model.BasicBlock(4, 4, activation="tanh"), "'tanh'.*relu or gelu"),
     (lambda: model.ResNet18(widths=(8, 16), depths=(1,)), r"\(8, 16\).*\(1,\)"),
     (lambda: model.ResNet18(widths=(8, 16), depths=(1, 0)), r"\(8, 16\).*\(1, 0\)"),

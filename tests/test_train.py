@@ -382,20 +382,21 @@ def test_every_model_trains_on_a_gpu(tmp_path, model, size, amp):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("model", ["vit", "hybrid", "resnet18"])
-def test_inside_an_epoch_no_step_waits_for_the_gpu_and_nothing_is_compiled_anew(tmp_path, model):
+@pytest.mark.parametrize("model", ["vit", "hybrid", "hybrid --encoder builtin", "resnet18"])
+def test_inside_an_epoch_no_step_waits_for_the_gpu_and_nothing_is_compiled_anew(tmp_path, model, monkeypatch):
     from torch._dynamo.utils import counters
-    steps, graphs = [], []
+    steps, graphs, shapes = [], [], data.load_shapes(12_000, 500)
+    monkeypatch.setattr(train, "load_dataset", lambda *_: shapes)
 
     def watch(*batch):
         steps.append(1)
-        if len(steps) == 3:  # past compilation; both epochs have 20 steps
+        if len(steps) == 3:  # past compilation; an epoch has 30 steps, and each tenth augments ten batches
             graphs.append(counters["stats"]["unique_graphs"])
-        torch.cuda.set_sync_debug_mode("error" if len(steps) in (*range(3, 20), *range(23, 40)) else "default")
+        torch.cuda.set_sync_debug_mode("error" if len(steps) in (*range(3, 30), *range(33, 60)) else "default")
         return train.cross_entropy(*batch)
     torch._dynamo.reset(), counters.clear()
-    settings = config("--dataset", "shapes", "--model", model, "--size", "base", "--epochs", "2", "--batch-size", "200",
-                      "--device", "cuda", "--compile", "on", "--out", str(tmp_path))
+    settings = config("--dataset", "shapes", "--model", *model.split(), "--size", "base", "--epochs", "2",
+                      "--batch-size", "400", "--device", "cuda", "--compile", "on", "--out", str(tmp_path))
     try:
         train.run(settings, watch)
     finally:
