@@ -180,7 +180,7 @@ def start(config):
     began = time.perf_counter()
     dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
-    if processes == 1 and train.choose_compile(config, len(dataset.train_labels)):
+    if train.choose_compile(config, len(dataset.train_labels), processes):
         teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such
     accuracy = evaluate(teacher, dataset, config.batch_size, make_autocast(config))
     seconds = seconds_per_step(teacher, dataset, config)

@@ -222,10 +222,12 @@ class Encoder(nn.Module):
                                                batch_first=True, norm_first=True)
             self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(dim)
-        self.init_weights(depth, pos_init)
+        self.init_weights(depth)
+        if pos_init == "sine":
+            with torch.no_grad():
+                self.pos_embed[0, extra_tokens:] = sine_positions(num_tokens, dim)
 
-    @torch.no_grad()
-    def init_weights(self, depth, pos_init):
+    def init_weights(self, depth):
         """Matrices and embeddings from a normal of standard deviation 0.02, biases zero, norms as they are.
 
         0.02 keeps a branch's output well below its input at every width used here. Each block adds two branches to the
@@ -237,10 +239,6 @@ class Encoder(nn.Module):
                 nn.init.trunc_normal_(parameter, std=0.02 / (2 * depth) ** 0.5 if last else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        if pos_init == "sine":
-            extra_tokens = 0 if self.cls_token is None else self.cls_token.shape[1]
-            of_patches = self.pos_embed[0, extra_tokens:]  # (N, D)
-            of_patches.copy_(sine_positions(*of_patches.shape))
 
     def forward(self, x):
         if self.cls_token is not None:

@@ -335,8 +335,13 @@ def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, si
     assert (chosen.device, train.choose_amp(chosen), train.choose_compile(chosen)) == ("cuda", amp, compiled)
     assert train.choose_compile(config("--size", size, "--epochs", "10")) == compiled
     assert not train.choose_compile(config("--size", size, "--epochs", "9"))  # too short to win the time back
-    assert not train.choose_compile(chosen, images=4000)
+    assert not train.choose_compile(chosen, images=4000) and not train.choose_compile(chosen, processes=2)
     assert train.choose_amp(config("--size", size, "--optimizer", "adamw")) == ("bf16" if bf16 else "fp16")
+
+
+def test_several_processes_are_not_compiled():
+    with pytest.raises(train.InputError, match="--compile on .*leave it out with torchrun"):
+        train.choose_compile(config("--compile", "on"), processes=2)
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
