@@ -58,6 +58,21 @@ def matrix_rate(config):
     return 2 * n**3 / timer.blocked_autorange(min_run_time=1).median
 
 
+def as_graph(function, device):
+    """On a GPU, the function's launches as one, a CUDA graph, as in a compiled run: else short kernels wait for them."""
+    if device != "cuda":
+        return function
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a recording may not be the first call
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 class Marks:
     """Moments of a step, on the device's own clock: a GPU notes them when its work gets there, and nothing waits."""
 
@@ -401,9 +416,13 @@ def traps(args):
     config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size, "--optimizer", "muon")))
     dtype = DTYPES[train.choose_amp(config)]
 
-    def milliseconds(statement, names):
-        timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
+    def milliseconds(function):
+        timer = Timer("function()", globals=dict(function=function), num_threads=torch.get_num_threads())
         return f"{1000 * timer.blocked_autorange(min_run_time=args.seconds).median:.2f} ms"
+
+    def report(trap, outcome):
+        rows.append(dict(trap=trap, outcome=outcome))
+        print(f"{trap}: {outcome}", file=sys.stderr)
 
     B, H, E = (512, 6, 64) if device == "cuda" else (250, 4, 64)
     kernels = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH)
@@ -423,22 +442,21 @@ def traps(args):
         for kernel in [*kernels, None]:
             try:
                 finite = forward_and_backward(kernel).isfinite().all()
-                outcome = milliseconds("forward_and_backward(kernel)", locals())
+                outcome = milliseconds(as_graph(lambda: forward_and_backward(kernel), device))
                 outcome += "" if finite else ", NAN in the gradient"
             except torch.OutOfMemoryError:
                 outcome = "out of memory"
             except RuntimeError:  # no available kernel
                 outcome = "not available"
-            rows.append(dict(trap=f"attention, forward and backward, {B} x {H} x {N} x {E}: "
-                                  f"{kernel.name.lower() if kernel else 'written out'}", outcome=outcome))
+            report(f"attention, forward and backward, {B} x {H} x {N} x {E}: "
+                   f"{kernel.name.lower() if kernel else 'written out'}", outcome)
     model = build_model(config.model, **train.model_options(config, 10)).to(device)
     matrices, _, _ = train.split_parameters(model)
     for p in matrices:
         p.grad = torch.randn_like(p)
     muons = {"torch.optim.Muon": torch.optim.Muon(matrices), "ours": train.make_optimizers(model, config)[0]}
     for who, muon in muons.items():
-        rows.append(dict(trap=f"Muon, a step of the {args.size} ViT's {len(matrices)} matrices: {who}",
-                         outcome=milliseconds("muon.step()", locals())))
+        report(f"Muon, a step of the {args.size} ViT's {len(matrices)} matrices: {who}", milliseconds(muon.step))
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")
@@ -449,12 +467,11 @@ def traps(args):
                 out = attention(x)
             grads = torch.autograd.grad(out.float().square().sum(), [x, *attention.parameters()])
             finite = finite and all(grad.isfinite().all() for grad in grads)
-        rows.append(dict(trap="max-autotune, 1024 x 64 tokens", outcome="finite" if finite else "NAN"))
+        report("max-autotune, 1024 x 64 tokens", "finite" if finite else "NAN")
     drop = DropPath(0.5).train()
     drop.compile()
     kept = (drop(torch.ones(1000, 2, device=device))[:, 0] > 0).float().mean()
-    rows.append(dict(trap="compiled DropPath of rate 0.5: share of 1,000 images kept (0 or 100 %: one draw for all)",
-                     outcome=f"{kept:.1%}"))
+    report("compiled DropPath of rate 0.5: share of 1,000 images kept (0 or 100 %: one draw for all)", f"{kept:.1%}")
     return dict(rows=rows)
 
 
