@@ -126,7 +126,8 @@ class Config:
 
 
 # How each size trains. A tiny run sees every image only a few times: it underfits, and strong regularisation would only
-# slow it down, so its full recipe is label smoothing. A base run sees every image 50 times, and needs all there is.
+# slow it down, so its full recipe is label smoothing. A base run sees every image at least 50 times, and needs all there
+# is.
 NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
 AUGMENTATION = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
 TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,
@@ -140,8 +141,8 @@ PRESETS = {
     ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0,
                              pos_init="noise"),
     ("resnet18", "tiny"): dict(TINY, epochs=5),
-    ("vit", "base"): dict(BASE, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1, gamma_init=0.1,
-                          pos_init="noise"),
+    ("vit", "base"): dict(BASE, epochs=100, muon_lr=0.0025, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1,
+                          gamma_init=1.0, pos_init="sine"),
     ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=0.1, pos_init="noise"),
     ("resnet18", "base"): BASE,
 }

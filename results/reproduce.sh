@@ -33,20 +33,18 @@ patch-2            both  vit            train.py --model vit --patch-size 2
 patch-8            both  vit            train.py --model vit --patch-size 8
 cls                both  vit            train.py --model vit --pool cls
 not-whitened       both  vit            train.py --model vit --whiten off
-pos-noise          tiny  vit            train.py --model vit --pos-init noise
-pos-sine           base  vit            train.py --model vit --pos-init sine
+pos-noise          both  vit            train.py --model vit --pos-init noise
 gamma-none         both  vit            train.py --model vit --gamma-init none
 gamma-1e-5         both  vit            train.py --model vit --gamma-init 1e-5
 gamma-1e-4         both  vit            train.py --model vit --gamma-init 1e-4
 gamma-1e-2         both  vit            train.py --model vit --gamma-init 1e-2
-gamma-0.1          tiny  vit            train.py --model vit --gamma-init 0.1
-gamma-1            base  vit            train.py --model vit --gamma-init 1
+gamma-0.1          both  vit            train.py --model vit --gamma-init 0.1
 adamw-5e-4         both  vit            train.py --model vit --optimizer adamw --lr 5e-4
 adamw-1e-3         both  vit            train.py --model vit --optimizer adamw --lr 1e-3
 adamw-2e-3         both  vit            train.py --model vit --optimizer adamw --lr 2e-3
 adamw-4e-3         both  vit            train.py --model vit --optimizer adamw --lr 4e-3
-muon-0.0025        base  vit            train.py --model vit --optimizer muon --muon-lr 0.0025
-muon-0.005         tiny  vit            train.py --model vit --optimizer muon --muon-lr 0.005
+muon-0.00125       base  vit            train.py --model vit --optimizer muon --muon-lr 0.00125
+muon-0.005         both  vit            train.py --model vit --optimizer muon --muon-lr 0.005
 muon-0.01          base  vit            train.py --model vit --optimizer muon --muon-lr 0.01
 muon-0.02          both  vit            train.py --model vit --optimizer muon --muon-lr 0.02
 basic              both  vit            train.py --model vit --recipe basic
@@ -68,7 +66,7 @@ no-cutmix          base  vit            train.py --model vit --cutmix 0
 no-drop-path       base  vit            train.py --model vit --drop-path 0
 drop-path-0.2      base  vit            train.py --model vit --drop-path 0.2
 no-ema             base  vit            train.py --model vit --ema 0
-epochs-100         base  vit            train.py --model vit --epochs 100
+epochs-50          base  vit            train.py --model vit --epochs 50
 epochs-200         base  vit            train.py --model vit --epochs 200
 temperature-1      both  vit-distilled  distill.py --student vit --temperature 1
 temperature-4      both  vit-distilled  distill.py --student vit --temperature 4
