@@ -397,6 +397,7 @@ def use_fast_kernels():
     """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.enable_flash_sdp(False)  # at 64 tokens the next kernel in line, "efficient", is faster
 
 
 def choose_compile(config, images=50_000, processes=1):
