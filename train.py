@@ -143,7 +143,7 @@ PRESETS = {
     ("resnet18", "tiny"): dict(TINY, epochs=5),
     ("vit", "base"): dict(BASE, epochs=100, muon_lr=0.0025, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1,
                           gamma_init=1.0, pos_init="sine"),
-    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=0.1, pos_init="noise"),
+    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1.0, pos_init="noise"),
     ("resnet18", "base"): BASE,
 }
 # Parts of the models that a size fixes. Layers at full resolution cost the most and, with few channels, use a CPU
