@@ -56,6 +56,7 @@ basic-mixup        both  basic          train.py --model vit --recipe basic --mi
 basic-cutmix       both  basic          train.py --model vit --recipe basic --cutmix 1
 basic-drop-path    both  basic          train.py --model vit --recipe basic --drop-path 0.1
 basic-ema          base  basic          train.py --model vit --recipe basic --ema 0.998
+hybrid-gamma-0.1   base  hybrid         train.py --model hybrid --gamma-init 0.1
 hybrid-plain       base  hybrid-builtin train.py --model hybrid --drop-path 0 --gamma-init none
 no-trivial         base  vit            train.py --model vit --trivial 0
 no-jitter          base  vit            train.py --model vit --jitter 0
