@@ -301,6 +301,8 @@ def models(args):
             contestants |= {f"{label}: torchvision's, our loop": Ours(config, on_device, torchvision_model(config, K)),
                             f"{label}: torchvision's, usual loop": Usual(config, dataset, torchvision_model(config, K))}
         speeds, first = compare(contestants, config.device, args.windows, args.seconds)
+        for who, speed in speeds.items():
+            print(f"{who}: {speed:.0f} images/s", file=sys.stderr)
         shares = split(contestants[label], config.device, args.seconds)
         del contestants
         if config.device == "cuda":
@@ -312,7 +314,6 @@ def models(args):
             rows.append(dict(label=who, batch_size=config.batch_size, images_per_second=speed,
                              times_slower=speeds[label] / speed, first_step_seconds=first[who],
                              **(own if who == label else dict.fromkeys(own))))
-            print(f"{who}: {speed:.0f} images/s", file=sys.stderr)
     return dict(matrix_flops_per_second=rate, rows=rows)
 
 
