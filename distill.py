@@ -4,6 +4,7 @@
     python distill.py --alpha 0    its control: the same run without a teacher
 
 On two CPU cores (tiny, AMD EPYC, bf16, torch 2.14): 80.45 +- 0.17 % with the teacher, 78.63 +- 0.19 % without (n = 3).
+On one H200 (base, bf16, torch 2.11): 95.98 % with the teacher, 94.61 % without (n = 1).
 
 From top to bottom: the loss, the teacher, and the command line. The loop is train.py's own.
 """
