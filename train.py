@@ -395,12 +395,9 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """TF32, or what comes near it, for products that autocast leaves in float32; the fastest convolutions, attention."""
+    """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if torch.cuda.is_available():  # torch's CPU kernels heed this too
-        # Attention over 64 tokens: the next kernel in line takes 0.6 of the time (results/README.md, "Known traps").
-        torch.backends.cuda.enable_flash_sdp(False)
 
 
 def choose_compile(config, images=50_000, processes=1):

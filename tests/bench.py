@@ -439,6 +439,7 @@ def traps(args):
                     out = F.scaled_dot_product_attention(q, k, v)
             return torch.autograd.grad(out, qkv, grad)[0]
 
+        chosen = SDPBackend(torch._fused_sdp_choice(*qkv.permute(2, 0, 3, 1, 4)))
         for kernel in [*kernels, None]:
             try:
                 finite = forward_and_backward(kernel).isfinite().all()
@@ -448,8 +449,9 @@ def traps(args):
                 outcome = "out of memory"
             except RuntimeError:  # no available kernel
                 outcome = "not available"
-            report(f"attention, forward and backward, {B} x {H} x {N} x {E}: "
-                   f"{kernel.name.lower() if kernel else 'written out'}", outcome)
+            name = kernel.name.lower() if kernel else "written out"
+            report(f"attention, forward and backward, {B} x {H} x {N} x {E}: {name}"
+                   f"{' (what torch takes)' if kernel == chosen else ''}", outcome)
     model = build_model(config.model, **train.model_options(config, 10)).to(device)
     matrices, _, _ = train.split_parameters(model)
     for p in matrices:
@@ -497,11 +499,11 @@ def markdown(result):
                     else ["out of memory", "-"]), gigabytes(row)] for row in result["rows"]]
     elif result["what"] == "accuracy":
         flags = f" {result['arguments']['flags']}".rstrip()
-        head = ["accuracy", "epochs", "reached, %", "n", "seconds of training", "first step, s", "command"]
+        head = ["accuracy", "epochs", "reached, %", "n", "seconds of training", "longest first step, s", "command"]
         lines = [[f"{100 * row['mark']:g}%", row["epochs"],
                   show.mean_and_std([100 * value for value in row["accuracies"]]),
                   len(row["accuracies"]), f"{statistics.mean(row['seconds']):.1f}",
-                  f"{statistics.mean(row['first_step_seconds']):.1f}",
+                  f"{max(row['first_step_seconds']):.1f}",
                   f"`python train.py --model {row['model']} --size {result['arguments']['size']}{flags} "
                   f"--epochs {row['epochs']}`"] if row["epochs"] else
                  [f"{100 * row['mark']:g}%", f"more than {result['arguments']['most_epochs']}", *["-"] * 4,
