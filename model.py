@@ -50,12 +50,13 @@ class DropPath(nn.Module):
 class LayerScale(nn.Module):
     """gamma: one learned factor per channel on a residual branch (CaiT, Touvron et al. 2021, 2103.17239).
 
-    x (..., D) -> the same shape. All D factors start at `init`. A small start makes every block begin near the
-    identity, which lets deep encoders train: the paper has 0.1 for up to 18 blocks, and less for more. But a short run
-    pays for it (README, "What the runs say"). 1 starts as a plain pre-norm Transformer.
+    x (..., D) -> the same shape. All D factors start at `init`; 1 starts as a plain pre-norm Transformer. A small start
+    makes every block begin near the identity, which lets deep encoders train: the paper has 0.1 for up to 18 blocks,
+    and less for more. The ViTs here, of 4 to 7 blocks, do not need it, and learn more slowly with it (README, "What the
+    runs say").
     """
 
-    def __init__(self, dim, init=0.1):
+    def __init__(self, dim, init=1.0):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
@@ -118,7 +119,7 @@ class Block(nn.Module):
     2020, 2002.04745). `gamma_init=None` leaves gamma out.
     """
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=0.1):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
@@ -193,7 +194,7 @@ class Encoder(nn.Module):
     for options that "builtin" does not have.
     """
 
-    def __init__(self, num_tokens, dim, depth, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=0.1,
+    def __init__(self, num_tokens, dim, depth, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1.0,
                  pool="mean", pos_init="noise", encoder="explicit"):
         super().__init__()
         if pool not in ("mean", "cls", "distill"):

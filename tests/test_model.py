@@ -253,7 +253,7 @@ def test_hybrid_shapes():
         assert small.encoder.pos_embed.shape[1] == tokens and small(torch.randn(2, 3, 16, 16)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("options", [{}, dict(encoder="builtin", gamma_init=None)])
+@pytest.mark.parametrize("options", [dict(gamma_init=0.1), dict(encoder="builtin", gamma_init=None)])
 def test_encoder_initialisation(options):
     """Matrices and embeddings have std 0.02, a branch's last layer 0.02 / sqrt(2 depth); biases 0, norms 1."""
     torch.manual_seed(0)
