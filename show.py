@@ -266,7 +266,7 @@ def planned(size, part="ROWS"):
     rows = (line.split(maxsplit=3) for line in lines)
     of_one_epoch, short = {}, ""
     if size == "tiny":
-        of_one_epoch, short = {"vit": "vit-1", "vit-distilled": "vit-1-distilled"}, " --epochs 1"
+        of_one_epoch, short = {"vit": "vit-1-epoch", "vit-distilled": "vit-1-epoch-distilled"}, " --epochs 1"
     return {name: (of_one_epoch.get(base, base), command + short) for name, sizes, base, command in rows
             if sizes in (size, "both")}
 

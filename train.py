@@ -475,7 +475,7 @@ def load(path, device="cpu"):
             damaged = file.testzip()  # torch.load does not look at the check sums
         content = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"there is no file {path}: name another, or leave --resume out of a new run") from None
+        raise InputError(f"there is no file {path}: name another") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: name the model.pt in it") from None
     except PermissionError:
@@ -574,6 +574,8 @@ def open_run(config):
     """
     folder = run_folder(config)
     if config.resume:
+        if not os.path.exists(os.path.join(folder, "last.pt")):
+            raise InputError(f"there is no {folder}/last.pt to go on from: leave --resume out of a new run")
         checkpoint = load(os.path.join(folder, "last.pt"), config.device)
         was, now = checkpoint.get("config"), dataclasses.asdict(config)
         if not isinstance(was, dict):

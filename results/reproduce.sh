@@ -13,16 +13,16 @@ cd "$(dirname "$0")/.."
 # name, the sizes it is run at, command
 rows() {
     cat <<'ROWS'
-vit-basic          both  train.py --model vit --recipe basic --pool cls
-vit                both  train.py --model vit
-hybrid-builtin     both  train.py --model hybrid --encoder builtin
-hybrid             both  train.py --model hybrid
-hybrid-mixed       tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
-resnet18           both  train.py --model resnet18
-vit-distilled      both  distill.py --student vit
-hybrid-distilled   both  distill.py --student hybrid
-vit-1              tiny  train.py --model vit --epochs 1
-vit-1-distilled    tiny  distill.py --student vit --epochs 1
+vit-basic              both  train.py --model vit --recipe basic --pool cls
+vit                    both  train.py --model vit
+hybrid-builtin         both  train.py --model hybrid --encoder builtin
+hybrid                 both  train.py --model hybrid
+hybrid-mixed           tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
+resnet18               both  train.py --model resnet18
+vit-distilled          both  distill.py --student vit
+hybrid-distilled       both  distill.py --student hybrid
+vit-1-epoch            tiny  train.py --model vit --epochs 1
+vit-1-epoch-distilled  tiny  distill.py --student vit --epochs 1
 ROWS
 }
 

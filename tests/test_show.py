@@ -195,13 +195,13 @@ def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_pat
     (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
     monkeypatch.setattr(show, "ROOT", str(tmp_path))
     assert show.ablation_table("tiny") == ""
-    for name, accuracy in (("vit-1-0", 0.5), ("vit-1-1", 0.6), ("patch-8-0", 0.52), ("patch-8-1", 0.64),
-                           ("patch-8-2", 0.7), ("vit-1-distilled-0", 0.7), ("hard-0", 0.65), ("alpha-1-3", 0.5)):
+    for name, accuracy in (("vit-1-epoch-0", 0.5), ("vit-1-epoch-1", 0.6), ("patch-8-0", 0.52), ("patch-8-1", 0.64),
+                           ("patch-8-2", 0.7), ("vit-1-epoch-distilled-0", 0.7), ("hard-0", 0.65), ("alpha-1-3", 0.5)):
         write_log(tmp_path / "results" / "tiny" / f"{name}.jsonl", accuracy)
     table = show.ablation_table("tiny")
-    assert ("| patch-8 | 58.00 ± 8.49 | +3.00 ± 1.41 | vit-1 | 2 | 0.500 | 100 | a | "
+    assert ("| patch-8 | 58.00 ± 8.49 | +3.00 ± 1.41 | vit-1-epoch | 2 | 0.500 | 100 | a | "
             "`python train.py --model vit --patch-size 8 --epochs 1 --size tiny` |") in table
-    assert "| hard | 65.00 | -5.00 | vit-1-distilled | 1 |" in table
+    assert "| hard | 65.00 | -5.00 | vit-1-epoch-distilled | 1 |" in table
     assert "alpha-1" not in table  # there is nothing of its seed to compare it with
     assert f"Not run: {len(show.planned('tiny', 'ABLATIONS')) - 2} more" in table
 
