@@ -570,12 +570,13 @@ def run_folder(config):
 def open_run(config):
     """Make the run's folder, or find it with --resume. Returns the content of last.pt, or None for a new run.
 
-    InputError if it is taken (see run_folder), if it cannot be written, or if a resumed run would differ.
+    InputError if it is taken (see run_folder), if it cannot be written, if there is nothing to resume, or if the
+    resumed run would differ.
     """
     folder = run_folder(config)
     if config.resume:
         if not os.path.exists(os.path.join(folder, "last.pt")):
-            raise InputError(f"there is no {folder}/last.pt to go on from: leave --resume out of a new run")
+            raise InputError(f"there is no {folder}/last.pt to go on from: give --overwrite in place of --resume")
         checkpoint = load(os.path.join(folder, "last.pt"), config.device)
         was, now = checkpoint.get("config"), dataclasses.asdict(config)
         if not isinstance(was, dict):

@@ -549,7 +549,7 @@ def main(argv=None):
         try:
             flags = shlex.split(args.flags)
             config = train.resolve(train.parse_config(argv=command_line(args, args.models[0], args.size, *flags)))
-            arguments = {name: value for name, value in vars(args).items() if name not in ("data_dir", "json")}
+            arguments = {name: value for name, value in vars(args).items() if name not in ("data_dir", "json", "out")}
             result = dict(what=args.what, amp=train.choose_amp(config), compiled=train.choose_compile(config),
                           commit=train.git_commit(), arguments=arguments, **train.describe_machine(args.device),
                           **dict(models=models, scaling=scaling, traps=traps, accuracy=accuracy)[args.what](args))

@@ -108,7 +108,7 @@ def test_the_exit_status_and_stderr_of_a_real_process(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert not list((tmp_path / "taken").iterdir())
     result = command_line(*SMALL, "--out", tmp_path, "--name", "taken", "--resume")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "leave --resume out" in result.stderr
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "--overwrite in place" in result.stderr
 
 
 def test_out_of_memory_names_the_flag_to_lower(monkeypatch):
