@@ -567,6 +567,14 @@ def run_folder(config):
     return folder
 
 
+def load_last(folder, device):
+    """The content of the folder's last.pt. InputError if there is none, or if it is not whole."""
+    path = os.path.join(folder, "last.pt")
+    if not os.path.exists(path):
+        raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
+    return load(path, device)
+
+
 def open_run(config):
     """Make the run's folder, or find it with --resume. Returns the content of last.pt, or None for a new run.
 
@@ -575,9 +583,7 @@ def open_run(config):
     """
     folder = run_folder(config)
     if config.resume:
-        if not os.path.exists(os.path.join(folder, "last.pt")):
-            raise InputError(f"there is no {folder}/last.pt to go on from: give --overwrite in place of --resume")
-        checkpoint = load(os.path.join(folder, "last.pt"), config.device)
+        checkpoint = load_last(folder, config.device)
         was, now = checkpoint.get("config"), dataclasses.asdict(config)
         if not isinstance(was, dict):
             raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
@@ -717,7 +723,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
     if rank == 0:
         checkpoint = open_run(config)
     else:
-        checkpoint = load(os.path.join(folder, "last.pt"), config.device) if config.resume else None
+        checkpoint = load_last(folder, config.device) if config.resume else None
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
     options = model_options(config, len(dataset.classes))
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
