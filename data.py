@@ -275,10 +275,10 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
 
     Every image is shifted by up to `crop` pixels and flipped; the keywords turn the rest on, see the functions below.
     The epoch's last, smaller batch is dropped, because another shape would be compiled anew.
-    `together` batches are augmented at once. A GPU computes the two hundred small operations of the full recipe sooner
-    than the host can launch them, so there it is as many as hold 4,096 images; on a CPU, which has no such cost, 1.
-    The global random state is set from (seed, epoch, step) before they are augmented, and again for each batch. So an
-    epoch can start at any `first_step` and see what it would have seen: to resume a run, no random state need be kept.
+    `together` batches are augmented at once: on a GPU by default as many as hold 4,096 images, because launching the
+    two hundred small operations of the full recipe takes the host longer than computing them takes the GPU; on a CPU 1.
+    Before each such group, and again before each of its batches is mixed, the global random state is set from (seed,
+    epoch, step). So a resumed run can start at `first_step` and get the same batches, without a saved random state.
     """
     device, N, B = dataset.train_images.device, len(dataset.train_labels), batch_size
     if together is None:
@@ -287,7 +287,7 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
     order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(N)).to(device)
     steps = N // B
     for start in range(first_step - first_step % together, steps, together):
-        set_seed(seed, epoch, start + 1)  # + 1: numpy pads with zeros, so (seed, epoch, 0) would be the order's seed
+        set_seed(seed, epoch, start + 1)  # + 1: to numpy (seed, epoch, 0) is (seed, epoch), the order's seed
         index = order[start * B : min(start + together, steps) * B]  # (together*B,)
         images = crop_and_flip(dataset.train_images[index], crop)  # (together*B, C, S, S) uint8
         images = images.float() / 255

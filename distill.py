@@ -1,10 +1,11 @@
-"""Distil a ResNet-18 into a Vision Transformer: the run of train.py, with a teacher's term in the loss.
+"""Distil a ResNet into a Vision Transformer: the run of train.py, with a teacher's term in the loss.
 
-    python distill.py              train a ResNet-18, unless runs/ has it already, then a ViT that learns from it
+    python distill.py              train the resnet18 of the size, unless runs/ has it, then a ViT that learns from it
     python distill.py --alpha 0    its control: the same run without a teacher
 
 On two CPU cores (tiny, AMD EPYC, bf16, torch 2.14): 80.45 +- 0.17 % with the teacher, 78.63 +- 0.19 % without (n = 3).
-On one H200 (base, bf16, torch 2.11): 95.98 % with the teacher, 94.61 % without (n = 1).
+On one H200 (base, bf16, torch 2.11): 95.98 % with the teacher, 94.61 % without (n = 1). Base's resnet18 is ResNet-18,
+tiny's a small network of its blocks.
 
 From top to bottom: the loss, the teacher, and the command line. The loop is train.py's own.
 """
@@ -99,21 +100,18 @@ def make_loss(teacher, config):
 # The teacher
 
 def train_teacher(config):
-    """The path of the ResNet-18's model.pt that `python train.py --model resnet18` makes, trained now if need be."""
+    """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be."""
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "compile", "out")
     amp = "auto" if config.amp == "fp16" else config.amp  # the teacher may have Muon, which does not work with fp16
     teacher = train.resolve(train.Config(model="resnet18", amp=amp, **{name: getattr(config, name) for name in shared}))
     folder = os.path.join(teacher.out, teacher.name)
     path = os.path.join(folder, "model.pt")
     if not os.path.exists(path):
-        # Does the student's batch size fit? Not to be found out after the teacher's training.
-        _, processes = train.join_processes(config)
-        train.count_steps(config, len(train.load_for_all(config).train_labels), processes)
         teacher.resume = os.path.exists(os.path.join(folder, "last.pt"))
         teacher.overwrite = not teacher.resume
         print(f"first the teacher, {folder}")
         train.run(teacher)
-        # Or what was compiled for its batch size would make the student's an unknown number, a slower program.
+        # Forget what was compiled for its batch size: for a second one torch would compile a slower program for any.
         torch.compiler.reset()
         print()
     return path
@@ -176,10 +174,11 @@ def start(config):
         # It was stopped before its first checkpoint, while the teacher trained perhaps.
         config.resume, config.overwrite = False, True
     if not config.alpha:
-        return train.run(config)
+        return train.run(config, began=train.BEGAN)
+    dataset = train.load_for_all(config)
+    train.count_steps(config, len(dataset.train_labels), processes)  # the batch size, too
     path = config.teacher or train_teacher(config)
     began = time.perf_counter()
-    dataset = train.load_for_all(config)
     teacher = load_teacher(path, dataset, config.device)
     if train.choose_compile(config, len(dataset.train_labels), processes):
         teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such

@@ -300,8 +300,8 @@ class BasicBlock(nn.Module):
 
     x (B, C, S, S) -> (B, O, R, R); R is S, or S / 2 with downsample="stride" or "pool". "stride" is ResNet's own:
     the first convolution steps over every other pixel. "pool" computes it everywhere and keeps the largest of each
-    2 x 2: four times the arithmetic in that layer. ResNet's own activation is "relu". ValueError for another
-    downsample or activation than "relu" and "gelu".
+    2 x 2: four times the arithmetic in that layer. ResNet's own activation is "relu"; the other is "gelu". ValueError
+    for any other downsample or activation.
     """
 
     def __init__(self, in_channels, out_channels, downsample=None, activation="relu"):
@@ -413,9 +413,9 @@ def whiten(layer, images):
     """Let a model's first layer, a convolution or a PatchEmbed, start from the principal components of the images.
 
     images (B, C, S, S), float, normalised, on the layer's device. Changes the layer's weight, (O, C, P, P) or
-    (D, C*P*P), in place. Neighbouring pixels are alike, so random filters nearly all see a patch's mean colour. The
-    components are uncorrelated (whitened patches: Jordan 2024, 2404.00498, section 3.2; there they stay as they are,
-    here they are trained). Builds on PatchEmbed.
+    (D, C*P*P), in place. Neighbouring pixels are nearly equal, so a random filter mostly measures a patch's mean
+    colour. The components measure different things (whitened patches: Jordan 2024, 2404.00498, section 3.2; there they
+    stay as they are, here they are trained). Builds on PatchEmbed.
     """
     P = layer.patch_size if isinstance(layer, PatchEmbed) else layer.kernel_size[0]
     patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)
@@ -423,12 +423,13 @@ def whiten(layer, images):
     # The strengths (C*P*P), the weakest first, and the components, the columns of (C*P*P, C*P*P).
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     if isinstance(layer, PatchEmbed):
-        # The same random mixture as before, of components of equal strength. Those with less variance than 0.01 are
-        # noise, and are not blown up to full strength.
+        # The same random mixture as before, of components of equal strength. Those with less variance than 0.01, about
+        # half of a 4 x 4 patch's, are noise and stay weaker: the tokens' variance falls from 1 to about a half.
         equal = components * (variances.clamp(min=0) + 0.01) ** -0.5  # (C*P*P, C*P*P)
         layer.proj.weight.copy_(layer.proj.weight.double() @ equal.T)  # (D, C*P*P)
     else:
-        # Each component with both signs, as the activation cuts one side off; the BatchNorm makes them equally strong.
+        # Each component twice, with both signs, as the activation cuts the negative side off. Their strengths do not
+        # matter: the BatchNorm that follows makes them equal.
         strongest = components.T.flip(0)[: len(layer.weight) // 2]  # (at most O/2, C*P*P)
         filters = torch.cat([strongest, -strongest]).view(-1, *layer.weight.shape[1:])  # (at most O, C, P, P)
         layer.weight[: len(filters)] = filters.to(layer.weight)  # channels beyond 2 C P^2 stay as they are

@@ -301,10 +301,10 @@ def lettered(rows):
     return dict(zip((name for name, _ in count.most_common()), string.ascii_lowercase))
 
 
-def on(logs, letters):
-    """Of a row's runs, those made in the most usual of their places, and the letters of all places, as a text.
+def by_machine(logs, letters):
+    """A row's runs on the one of its machines that made most runs of the table, and how many were made where, as text.
 
-    Seconds on unlike machines have no mean: a row shows those of the first.
+    The text is "a", or "5 a, 1 d". Seconds on unlike machines have no mean, so a row shows those of the first.
     """
     where = [letters[place(log)] for log in logs]
     first = [log for log, letter in zip(logs, where) if letter == min(where)]
@@ -343,7 +343,7 @@ def markdown_table(size):
         if not logs:
             lines.append([name, "not run", *["-"] * 8, command])
             continue
-        start, (alike, where) = logs[0][0], on(logs, letters)
+        start, (alike, where) = logs[0][0], by_machine(logs, letters)
         config = [line["config"] for line in logs[0] if "config" in line][-1]  # --resume can have changed the epochs
         lines.append([name, mean_and_std([100 * log[-1]["test_accuracy"] for log in logs]), str(len(logs)),
                       f"{start['parameters'] / 1e6:.2f}", f"{start['forward_flops'] / 1e9:.3f}",
@@ -363,7 +363,7 @@ def ablation_table(size):
         return ""
     lines, letters, accuracy = [], lettered(rows), lambda log: 100 * log[-1]["test_accuracy"]
     for name, logs in rows.items():
-        (base_name, command), (alike, where) = plan[name], on(logs, letters)
+        (base_name, command), (alike, where) = plan[name], by_machine(logs, letters)
         lines.append([name, mean_and_std([accuracy(log) for log in logs]),
                       mean_and_std([accuracy(log) - accuracy(base) for log, base in pairs[name]], "+"), base_name,
                       str(len(logs)), f"{logs[0][0]['forward_flops'] / 1e9:.3f}",

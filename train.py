@@ -115,11 +115,11 @@ class Config:
     cutmix: float = option(None, "alpha of CutMix's Beta distribution; 0: off; with both on, a coin chooses one for "
                                  "each batch", low=0)
 
-    seed: int = option(0, "random seed of the weights, the batches and the augmentation", low=0)
+    seed: int = option(0, "random seed of the weights, the batches and the augmentation", low=0, high=2**63 - 1)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: base with CUDA, from 500,000 images in all on",
-                          choices=("auto", "on", "off"))
+    compile: str = option("auto", "torch.compile; auto: base runs with CUDA that see 500,000 images or more, ten "
+                                  "epochs of CIFAR-10", choices=("auto", "on", "off"))
     name: str = option(None, "the run's folder in --out (default: made of model, size, recipe, data set, seed)")
     out: str = option("runs", "the folder that holds the runs' folders")
     resume: bool = option(False, "go on from the run's last.pt")
@@ -179,12 +179,24 @@ def parse_config(config_class=Config, argv=None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
+def model_options(config, num_classes):
+    """The keyword arguments with which build_model makes the model of a resolved config."""
+    options = dict(FIXED.get((config.model, config.size), {}), num_classes=num_classes)
+    if config.dim is not None:
+        options.update(dim=config.dim, depth=config.depth, num_heads=config.heads, drop_path=config.drop_path,
+                       gamma_init=config.gamma_init, pool=config.pool, pos_init=config.pos_init,
+                       encoder=config.encoder)
+    if config.patch_size is not None:
+        options["patch_size"] = config.patch_size
+    return options
+
+
 def resolve(config):
     """Put the preset's values where the config has none, and check all values. InputError if one is impossible."""
     config = copy.copy(config)
+    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if config.device == "auto":
-        config.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    available = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+        config.device = next(device for device, there in available.items() if there)
     if not available[config.device]:
         raise InputError(f"torch finds no {config.device} device here: try --device cpu")
     if config.size == "auto":
@@ -228,18 +240,6 @@ def resolve(config):
     except ValueError as error:
         raise InputError(f"{error} (--help lists the flags)") from None
     return config
-
-
-def model_options(config, num_classes):
-    """The keyword arguments with which build_model makes the model of a resolved config."""
-    options = dict(FIXED.get((config.model, config.size), {}), num_classes=num_classes)
-    if config.dim is not None:
-        options.update(dim=config.dim, depth=config.depth, num_heads=config.heads, drop_path=config.drop_path,
-                       gamma_init=config.gamma_init, pool=config.pool, pos_init=config.pos_init,
-                       encoder=config.encoder)
-    if config.patch_size is not None:
-        options["patch_size"] = config.patch_size
-    return options
 
 
 def make_model(config, dataset):
@@ -306,9 +306,9 @@ class Muon(torch.optim.Optimizer):
     A gradient is dominated by a few directions. Made orthogonal, it moves all of them at the same speed. For matrices
     and convolution kernels alone: a kernel (O, C, k, k) counts as the matrix (O, C*k*k) that multiplies a patch. The
     step is scaled to the size that AdamW's would have (Liu et al. 2025, 2502.16982), and weights decay as in AdamW.
-    `dtype` is that of the products. torch.optim.Muon does the same with bf16, one matrix after another, and takes no
-    kernels. Where bf16 is emulated, as on CPUs without AVX512, that takes longer than all the rest of a training step.
-    Builds on orthogonalise.
+    `dtype` is that of the products. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bf16, one
+    matrix after another, and takes no kernels. Where bf16 is emulated, as on CPUs without AVX512-BF16 or AMX, that
+    takes longer than all the rest of a training step. Builds on orthogonalise.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
@@ -376,7 +376,8 @@ def cross_entropy(logits, targets, images):
 def choose_amp(config):
     """"bf16", "fp16" or "off" for a resolved config's device. bf16 has float32's range and needs no loss scaling.
 
-    fp16 needs it, and a GradScaler lets every optimizer skip a step by itself: Muon with AdamW beside it gets float32.
+    fp16 needs it, and does not go with two optimizers, Muon and AdamW: a GradScaler skips the step of the one whose
+    gradients are nan, but by then clipping, by the norm of all gradients, has made the other's nan as well.
     """
     if config.amp != "auto":
         return config.amp
@@ -401,11 +402,11 @@ def use_fast_kernels():
 
 
 def choose_compile(config, images=50_000, processes=1):
-    """Whether to compile, given the number of training images, and of processes: several are never compiled.
+    """Whether to compile a run with that many training images and processes: several are never compiled.
 
-    auto: base runs with CUDA, where what it needs is there: Triton, and the C compiler it calls. Of those, the ones
-    that win its time back: on one H200, compiling a ViT takes 22 s and then saves 2.75 s of every 50,000 images. Tiny
-    runs are short: on two CPU cores they win back about the time that compiling takes.
+    auto: base runs with CUDA, if Triton and a C compiler are there, and if the run is long enough to win the time back:
+    on one H200, compiling a ViT takes 22 s and then saves 2.75 s of every 50,000 images. Tiny runs are not compiled: on
+    two CPU cores that saves about as much time as it takes.
     """
     if processes > 1 and config.compile == "on":
         raise InputError("--compile on is for one process: leave it out with torchrun")
@@ -420,9 +421,9 @@ def choose_compile(config, images=50_000, processes=1):
 def compile_training(model):
     """Compile the model's forward and backward pass, in place: unlike torch.compile(model), it keeps all names.
 
-    "reduce-overhead" records their launches on a GPU as CUDA graphs, each of which is then one launch. Without, an H200
-    is done with the work before the host has launched it: graphs make the steps of the base ViT 2.5 times as fast. They
-    reuse their memory: after torch.compiler.cudagraph_mark_step_begin() the last step's logits and gradients are gone.
+    "reduce-overhead" records each pass as a CUDA graph, which is launched as a whole. Without graphs an H200 waits for
+    Python to launch one kernel after another; with them a step of the base ViT is 2.5 times as fast. A graph reuses its
+    memory: after torch.compiler.cudagraph_mark_step_begin() the last step's logits and gradients are gone.
     """
     model.compile(mode="reduce-overhead")
 
@@ -575,6 +576,28 @@ def load_last(folder, device):
     return load(path, device)
 
 
+LOCKS = {}  # the folders that this process writes to, each with the open file that the system unlocks when it ends
+
+
+def lock(folder):
+    """Keep other processes out of the folder until this one ends, however it ends. InputError if one is in there."""
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+    except ImportError:
+        return
+    if os.path.realpath(folder) not in LOCKS:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(number)
+            raise InputError(f"another run is writing to {folder}: wait, or choose another --name") from None
+        except OSError:  # a file system that cannot lock a folder, as NFS
+            os.close(number)
+            return
+        LOCKS[os.path.realpath(folder)] = number
+
+
 def open_run(config):
     """Make the run's folder, or find it with --resume. Returns the content of last.pt, or None for a new run.
 
@@ -601,28 +624,6 @@ def open_run(config):
                 os.remove(os.path.join(folder, file))
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
-
-
-LOCKS = {}  # the folders that this process writes to, each with the open file that the system unlocks when it ends
-
-
-def lock(folder):
-    """Keep other processes out of the folder until this one ends, however it ends. InputError if one is in there."""
-    try:
-        import fcntl  # not on Windows, where nothing is locked
-    except ImportError:
-        return
-    if os.path.realpath(folder) not in LOCKS:
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(number)
-            raise InputError(f"another run is writing to {folder}: wait, or choose another --name") from None
-        except OSError:  # a file system that cannot lock a folder, as NFS
-            os.close(number)
-            return
-        LOCKS[os.path.realpath(folder)] = number
 
 
 def join_processes(config):
@@ -698,13 +699,24 @@ def count_steps(config, images, processes):
     return steps_per_epoch, total_steps, min(round(config.warmup * steps_per_epoch), total_steps // 5)
 
 
-def run(config, loss_function=cross_entropy, began=BEGAN, **about):
+stopped_by = []  # the signal that asked the run to stop, once one did
+
+
+def on_signal(number, _):
+    """Ctrl-C or SIGTERM: the loop finishes its step, saves, and says how to go on. A second one ends it at once."""
+    stopped_by.append(number)
+    signal.signal(number, signal.SIG_DFL)
+    print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def run(config, loss_function=cross_entropy, began=None, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
     loss_function(logits, targets, images) -> (loss, more to log), as cross_entropy, is what distill.py replaces; logits
-    are float32, targets soft. `began` is when the run's clock did, `about` what the log's first line shall say besides.
-    Raises InputError for what the person who started it can fix.
+    are float32, targets soft. `began`: the time.perf_counter() from which the run's seconds count, by default now;
+    `about`: more fields for the log's first line. Raises InputError for what the person who started it can fix.
     """
+    began = began or time.perf_counter()
     # What runs: data, model, precision.
     rank, processes = join_processes(config)
     device = torch.device(config.device)
@@ -829,7 +841,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
                 curves[name][i] = value.detach()
             step += 1
 
-            if first_step_seconds is None:  # it also compiles, and a GPU chooses its convolutions
+            if first_step_seconds is None:  # it also compiles, and cuDNN tries out its kernels
                 wait(config.device)
                 first_step_seconds = time.perf_counter() - training_start
             now = time.perf_counter()
@@ -881,17 +893,7 @@ def run(config, loss_function=cross_entropy, began=BEGAN, **about):
     return accuracy
 
 
-stopped_by = []  # the signal that asked the run to stop, once one did
-
-
-def on_signal(number, _):
-    """Ctrl-C or SIGTERM: the loop finishes its step, saves, and says how to go on. A second one ends it at once."""
-    stopped_by.append(number)
-    signal.signal(number, signal.SIG_DFL)
-    print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-
-def main(config_class=Config, start=lambda config: run(resolve(config))):
+def main(config_class=Config, start=lambda config: run(resolve(config), began=BEGAN)):
     """Run the command line. What the person can fix ends in one sentence on stderr and a non-zero exit status."""
     if "LOCAL_RANK" not in os.environ:  # torchrun ends its processes by itself, and they could not agree on a step
         signal.signal(signal.SIGINT, on_signal)

@@ -88,6 +88,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
     (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), (["--amp", "fp16"], "Muon"),
     (["--warmup", "inf"], "--warmup"), (["--gamma-init", "inf"], "--gamma-init"),
+    (["--seed", "10000000000000000000"], "--seed"),
     (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
