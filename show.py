@@ -291,8 +291,7 @@ def mean_and_std(values, sign=""):
 
 def place(log):
     """Where a run was made and in which precision: what its seconds depend on."""
-    machine, precision = log[0]["machine"].replace(" 1 threads", " 1 thread"), log[0]["amp"]
-    return f"{machine}, {'float32' if precision == 'off' else precision}"
+    return f"{log[0]['machine']}, {'float32' if log[0]['amp'] == 'off' else log[0]['amp']}"
 
 
 def lettered(rows):
@@ -375,7 +374,7 @@ def ablation_table(size):
 
 
 def table(args):
-    """Both sizes' tables and ablations, which the README holds between two markers."""
+    """Both sizes' tables and ablations, which README.md and results/README.md hold between two markers each."""
     print("\n".join(made(size) for made in (markdown_table, ablation_table) for size in ("tiny", "base")), end="")
 
 
