@@ -53,7 +53,8 @@ def test_every_log_is_of_the_presets_as_they_are_now():
     assert len(logs) >= 3
     for path in logs:
         start, *_, last_epoch, end = map(json.loads, open(path))
-        was, size = start["config"], path.parent.name
+        was = dict(pos_init="noise") | start["config"]  # before it was an option
+        size = path.parent.name
         assert start["event"] == "start" and last_epoch["accuracy"] == end["test_accuracy"] and not was["hold_out"]
         assert was["size"] == size and start["data"] | dict(train=50000, test=10000, name="cifar10") == start["data"]
         name, seed = path.stem.rsplit("-", 1)
