@@ -377,7 +377,7 @@ def choose_amp(config):
     """"bf16", "fp16" or "off" for a resolved config's device. bf16 has float32's range and needs no loss scaling.
 
     fp16 needs it, and does not go with two optimizers, Muon and AdamW: a GradScaler skips the step of the one whose
-    gradients are nan, but by then clipping, by the norm of all gradients, has made the other's nan as well.
+    gradients are inf or nan, but by then clipping, by the norm of all gradients, has made the other's zero or nan.
     """
     if config.amp != "auto":
         return config.amp
