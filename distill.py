@@ -176,7 +176,7 @@ def start(config):
     if not config.alpha:
         return train.run(config, began=train.BEGAN)
     dataset = train.load_for_all(config)
-    train.count_steps(config, len(dataset.train_labels), processes)  # the batch size, too
+    train.count_steps(config, len(dataset.train_labels), processes)  # does the batch size fit? For the same reason
     path = config.teacher or train_teacher(config)
     began = time.perf_counter()
     teacher = load_teacher(path, dataset, config.device)

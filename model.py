@@ -414,8 +414,8 @@ def whiten(layer, images):
 
     images (B, C, S, S), float, normalised, on the layer's device. Changes the layer's weight, (O, C, P, P) or
     (D, C*P*P), in place. Neighbouring pixels are nearly equal, so a random filter mostly measures a patch's mean
-    colour. The components measure different things (whitened patches: Jordan 2024, 2404.00498, section 3.2; there they
-    stay as they are, here they are trained). Builds on PatchEmbed.
+    colour. The components are uncorrelated (whitened patches: Jordan 2024, 2404.00498, section 3.2; there they stay as
+    they are, here they are trained). Builds on PatchEmbed.
     """
     P = layer.patch_size if isinstance(layer, PatchEmbed) else layer.kernel_size[0]
     patches = F.unfold(images.double(), P, stride=P)  # (B, C*P*P, patches)
