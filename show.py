@@ -264,11 +264,7 @@ def planned(size, part="ROWS"):
         rows = (line.split(maxsplit=2) for line in lines)
         return {name: command for name, sizes, command in rows if sizes in (size, "both")}
     rows = (line.split(maxsplit=3) for line in lines)
-    of_one_epoch, short = {}, ""
-    if size == "tiny":
-        of_one_epoch, short = {"vit": "vit-1-epoch", "vit-distilled": "vit-1-epoch-distilled"}, " --epochs 1"
-    return {name: (of_one_epoch.get(base, base), command + short) for name, sizes, base, command in rows
-            if sizes in (size, "both")}
+    return {name: (base, command) for name, sizes, base, command in rows if sizes in (size, "both")}
 
 
 def finished_runs(size, name):

@@ -13,20 +13,18 @@ cd "$(dirname "$0")/.."
 # name, the sizes it is run at, command
 rows() {
     cat <<'ROWS'
-vit-basic              both  train.py --model vit --recipe basic --pool cls
-vit                    both  train.py --model vit
-hybrid-builtin         both  train.py --model hybrid --encoder builtin
-hybrid                 both  train.py --model hybrid
-hybrid-mixed           tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
-resnet18               both  train.py --model resnet18
-vit-distilled          both  distill.py --student vit
-hybrid-distilled       both  distill.py --student hybrid
-vit-1-epoch            tiny  train.py --model vit --epochs 1
-vit-1-epoch-distilled  tiny  distill.py --student vit --epochs 1
+vit-basic         both  train.py --model vit --recipe basic --pool cls
+vit               both  train.py --model vit
+hybrid-builtin    both  train.py --model hybrid --encoder builtin
+hybrid            both  train.py --model hybrid
+hybrid-mixed      tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
+resnet18          both  train.py --model resnet18
+vit-distilled     both  distill.py --student vit
+hybrid-distilled  both  distill.py --student hybrid
 ROWS
 }
 
-# name, sizes, the row that it differs from in one thing, command. In tiny, all are of one epoch, and that row as well.
+# name, sizes, the row that it differs from in one thing, command
 ablations() {
     cat <<'ABLATIONS'
 patch-2            both  vit            train.py --model vit --patch-size 2
@@ -80,8 +78,7 @@ ABLATIONS
 
 planned() {  # name and command of all that is run at the size
     rows | awk -v size="$size" '$2 == size || $2 == "both" { $2 = ""; print }'
-    local short=; [ "$size" != tiny ] || short=" --epochs 1"
-    ablations | awk -v size="$size" -v short="$short" '$2 == size || $2 == "both" { $2 = $3 = ""; print $0 short }'
+    ablations | awk -v size="$size" '$2 == size || $2 == "both" { $2 = $3 = ""; print }'
 }
 
 fail() { echo "error: $1" >&2; exit 2; }
