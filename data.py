@@ -451,7 +451,7 @@ def trivial_augment(images, probability):
     signed = strength * torch.where(per_image(images, 0, 1) < 0.5, -1, 1)
 
     # One affine map for shear, shift and turn: where in the image the result's pixel (x, y) comes from,
-    #     x' = cos x + (shear_x - sin) y + shift_x,    y' = (shear_y + sin) x + cos y + shift_y.
+    #     x' = cos(a) x + (shear_x - sin(a)) y + shift_x,    y' = (shear_y + sin(a)) x + cos(a) y + shift_y.
     # The image spans -1 to 1, so a shift of 1 is half its side. What an image did not draw is 0.
     amount = lambda name, largest: torch.where(drew(name), signed * largest, 0.0).view(B)
     angle = amount("rotate", math.radians(135))  # (B,), as are the next four

@@ -99,7 +99,7 @@ def make_loss(teacher, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The teacher
 
-def train_teacher(config):
+def train_teacher(config, dataset):
     """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be."""
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "compile", "out")
     amp = "auto" if config.amp == "fp16" else config.amp  # the teacher may have Muon, which does not work with fp16
@@ -110,7 +110,7 @@ def train_teacher(config):
         teacher.resume = os.path.exists(os.path.join(folder, "last.pt"))
         teacher.overwrite = not teacher.resume
         print(f"first the teacher, {folder}")
-        train.run(teacher)
+        train.run(teacher, dataset=dataset)
         # Forget what was compiled for its batch size: for a second one torch would compile a slower program for any.
         torch.compiler.reset()
         print()
@@ -152,8 +152,9 @@ def seconds_per_step(teacher, dataset, config):
 
 def resolve(config):
     """train.resolve, for the teacher's options as well. InputError if one is impossible."""
-    if config.distill_token and not config.alpha:
-        raise InputError("--distill-token needs a teacher: leave it out with --alpha 0")
+    of_teacher = ("teacher", "temperature", "hard", "distill_token")
+    if not config.alpha and any(getattr(config, name) != getattr(Config, name) for name in of_teacher):
+        raise InputError("--alpha 0 has no teacher: leave --teacher, --temperature, --hard and --distill-token out")
     if config.distill_token and config.pool == "cls":
         raise InputError("--distill-token adds a class token too: leave --pool out")
     given = config.name
@@ -174,11 +175,10 @@ def start(config):
         # It was stopped before its first checkpoint, while the teacher trained perhaps.
         config.resume, config.overwrite = False, True
     if not config.alpha:
-        return train.run(config, began=train.BEGAN)
+        return train.run(config)
     dataset = train.load_for_all(config)
     train.count_steps(config, len(dataset.train_labels), processes)  # does the batch size fit? For the same reason
-    path = config.teacher or train_teacher(config)
-    began = time.perf_counter()
+    path = config.teacher or train_teacher(config, dataset)
     teacher = load_teacher(path, dataset, config.device)
     if train.choose_compile(config, len(dataset.train_labels), processes):
         teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such
@@ -186,7 +186,7 @@ def start(config):
     seconds = seconds_per_step(teacher, dataset, config)
     print(f"teacher {path}: {dataset.test_split} accuracy {accuracy:.4f}, adds {1000 * seconds:.1f} ms to a step")
     about = dict(path=path, accuracy=accuracy, seconds_per_step=seconds)
-    return train.run(config, make_loss(teacher, config), began=began, teacher=about)
+    return train.run(config, make_loss(teacher, config), dataset, teacher=about)
 
 
 if __name__ == "__main__":

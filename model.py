@@ -87,11 +87,11 @@ class Attention(nn.Module):
             # The root of the head's width E, not of D: q . k has variance E if the entries have variance 1.
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
             weights = scores.softmax(dim=-1)
-            out = weights.to(v.dtype) @ v  # (B, H, N, E)
+            out = weights @ v  # (B, H, N, E)
         else:
             # The same in one kernel, which never writes the N x N weights to memory. It never gets a mask: there is
-            # nothing to hide, and with one cuDNN's gradients for 64 tokens can be nan (pytorch issue 196678). On CPUs
-            # its backward pass is slower than the lines above, in bf16 several times (README, "Read it").
+            # nothing to hide, and with a mask cuDNN's gradients for 64 tokens can be nan (pytorch issue 196678). On
+            # CPUs its backward pass is slower than the lines above, in bf16 several times (README, "Read it").
             out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
         out = self.proj(out.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
         return (out, weights) if return_weights else out
@@ -346,8 +346,6 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
         raise ValueError(f"widths {widths} and depths {depths} do not fit together")
     if downsample not in ("stride", "pool"):
         raise ValueError(f"unknown downsample {downsample!r}: choose stride or pool")
-    if activation not in ("relu", "gelu"):
-        raise ValueError(f"unknown activation {activation!r}: choose relu or gelu")
     act = nn.GELU() if activation == "gelu" else nn.ReLU()
     layers = [nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), act]
     channels = widths[0]

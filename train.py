@@ -9,10 +9,6 @@ itself. A run writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all 
 weights, and what it takes to rebuild the model).
 """
 
-import time
-
-BEGAN = time.perf_counter()  # before torch is imported, so that a run's seconds include its imports
-
 import argparse
 import copy
 import dataclasses
@@ -28,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass
 
@@ -68,10 +65,11 @@ class Config:
     None, and for gamma_init "preset", stands for the preset's value where there is one.
     """
 
-    model: str = option("vit", "what to train", choices=tuple(MODELS))
+    model: str = option("vit", "what to train; tiny's resnet18 is a small network of ResNet-18's blocks",
+                        choices=tuple(MODELS))
     size: str = option("auto", "tiny: minutes on two CPU cores; base: for a GPU; auto: base with CUDA, else tiny",
                        choices=("auto", "tiny", "base"))
-    recipe: str = option("full", "basic: crop and flip alone; full: the regularisation of the size's preset as well",
+    recipe: str = option("full", "basic: crop, flip and weight decay are all the regularisation; full: the preset's",
                          choices=("basic", "full"))
     encoder: str = option("explicit", "our Transformer blocks, or torch's nn.TransformerEncoder",
                           choices=("explicit", "builtin"))
@@ -89,7 +87,8 @@ class Config:
     batch_size: int = option(None, "images in a step", low=1)
     optimizer: str = option(None, "adamw, or muon for the matrices and kernels inside and adamw for the rest",
                             choices=("adamw", "muon"))
-    lr: float = option(None, "peak learning rate of AdamW", low=0)
+    lr: float = option(None, "peak learning rate of AdamW; beside Muon that is for biases, norms, embeddings and the "
+                             "first and last layer", low=0)
     muon_lr: float = option(None, "peak learning rate of Muon, scaled to match AdamW's update size", low=0)
     momentum: float = option(None, "momentum of Muon", low=0, high=0.999)
     weight_decay: float = option(None, "each step shrinks the weights by lr times this", low=0)
@@ -103,7 +102,8 @@ class Config:
     dim: int = option(None, "width of a token", low=1)
     depth: int = option(None, "number of Transformer blocks", low=1)
     heads: int = option(None, "number of attention heads", low=1)
-    drop_path: float = option(None, "rate at which the last block is skipped; earlier blocks less", low=0, high=0.99)
+    drop_path: float = option(None, "probability that an image skips a branch of the last block; less in earlier ones",
+                              low=0, high=0.99)
     gamma_init: float = option("preset", "start value of gamma, the learned scale of a branch; none: no gamma")
 
     crop: int = option(None, "largest random shift of an image, in pixels", low=0, high=31)
@@ -115,7 +115,8 @@ class Config:
     cutmix: float = option(None, "alpha of CutMix's Beta distribution; 0: off; with both on, a coin chooses one for "
                                  "each batch", low=0)
 
-    seed: int = option(0, "random seed of the weights, the batches and the augmentation", low=0, high=2**63 - 1)
+    seed: int = option(0, "random seed of the weights, the batches, the augmentation and the images held out", low=0,
+                       high=2**63 - 1)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
     compile: str = option("auto", "torch.compile; auto: base runs with CUDA that see 500,000 images or more, ten "
@@ -303,9 +304,10 @@ def orthogonalise(matrices, dtype=torch.float32):
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    A gradient is dominated by a few directions. Made orthogonal, it moves all of them at the same speed. For matrices
-    and convolution kernels alone: a kernel (O, C, k, k) counts as the matrix (O, C*k*k) that multiplies a patch. The
-    step is scaled to the size that AdamW's would have (Liu et al. 2025, 2502.16982), and weights decay as in AdamW.
+    A gradient is dominated by a few directions. Made orthogonal, it moves along all directions at the same speed. For
+    matrices and convolution kernels alone: a kernel (O, C, k, k) counts as the matrix (O, C*k*k) that multiplies a
+    patch. The step is scaled to the size that AdamW's would have (Liu et al. 2025, 2502.16982), and weights decay as in
+    AdamW.
     `dtype` is that of the products. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bf16, one
     matrix after another, and takes no kernels. Where bf16 is emulated, as on CPUs without AVX512-BF16 or AMX, that
     takes longer than all the rest of a training step. Builds on orthogonalise.
@@ -332,7 +334,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalise(nesterov.flatten(2), self.dtype)  # (n, O, C*k*k)
                 # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
                 scale = 0.2 * max(updates.shape[1:]) ** 0.5
-                updates = torch.empty_like(nesterov).copy_(updates.reshape(nesterov.shape)).unbind()
+                updates = nesterov.copy_(updates.reshape(nesterov.shape)).unbind()  # in float32 and the kernels' shape
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
@@ -405,8 +407,8 @@ def choose_compile(config, images=50_000, processes=1):
     """Whether to compile a run with that many training images and processes: several are never compiled.
 
     auto: base runs with CUDA, if Triton and a C compiler are there, and if the run is long enough to win the time back:
-    on one H200, compiling a ViT takes 22 s and then saves 2.75 s of every 50,000 images. Tiny runs are not compiled: on
-    two CPU cores that saves about as much time as it takes.
+    on one H200, compiling a ViT takes 22 s and then saves at least 2.4 s of every 50,000 images (results/README.md).
+    Tiny runs are not compiled: on two CPU cores that saves about as much time as it takes.
     """
     if processes > 1 and config.compile == "on":
         raise InputError("--compile on is for one process: leave it out with torchrun")
@@ -421,8 +423,8 @@ def choose_compile(config, images=50_000, processes=1):
 def compile_training(model):
     """Compile the model's forward and backward pass, in place: unlike torch.compile(model), it keeps all names.
 
-    "reduce-overhead" records each pass as a CUDA graph, which is launched as a whole. Without graphs an H200 waits for
-    Python to launch one kernel after another; with them a step of the base ViT is 2.5 times as fast. A graph reuses its
+    "reduce-overhead" records each pass as a CUDA graph, which is launched as a whole. Without graphs an H200 spends
+    more than half of a base ViT's step waiting for Python to launch one kernel after another. A graph reuses its
     memory: after torch.compiler.cudagraph_mark_step_begin() the last step's logits and gradients are gone.
     """
     model.compile(mode="reduce-overhead")
@@ -475,12 +477,8 @@ def load(path, device="cpu"):
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the check sums
         content = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}: name another") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: name the model.pt in it") from None
-    except PermissionError:
-        raise InputError(f"the file {path} may not be read: change its permissions") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote") from None
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # a damaged file can raise almost anything
@@ -709,20 +707,20 @@ def on_signal(number, _):
     print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
-def run(config, loss_function=cross_entropy, began=None, **about):
+def run(config, loss_function=cross_entropy, dataset=None, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
     loss_function(logits, targets, images) -> (loss, more to log), as cross_entropy, is what distill.py replaces; logits
-    are float32, targets soft. `began`: the time.perf_counter() from which the run's seconds count, by default now;
-    `about`: more fields for the log's first line. Raises InputError for what the person who started it can fix.
+    are float32, targets soft. `dataset`: the config's, if load_for_all has loaded it already; `about`: more fields for
+    the log's first line. Raises InputError for what the person who started it can fix.
     """
-    began = began or time.perf_counter()
+    began = time.perf_counter()
     # What runs: data, model, precision.
     rank, processes = join_processes(config)
     device = torch.device(config.device)
     use_fast_kernels()
     amp, autocast = choose_amp(config), make_autocast(config)
-    dataset = load_for_all(config)
+    dataset = dataset or load_for_all(config)
     compiled = choose_compile(config, len(dataset.train_labels), processes)
     fell_back = config.dataset == "auto" and dataset.name == "shapes"
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
@@ -775,7 +773,7 @@ def run(config, loss_function=cross_entropy, began=None, **about):
         """Write last.pt. A run that was asked to stop ends here."""
         nonlocal last_save, save_seconds
         save_began = time.perf_counter()
-        if rank == 0:
+        if rank == 0:  # within an epoch its curves are of its own share of the batches
             save(dict(config=dataclasses.asdict(config), data=data, step=step, curves=curves, speeds=speeds,
                       seconds=time.perf_counter() - began,
                       **{name: part.state_dict() for name, part in stateful.items()}), os.path.join(folder, "last.pt"))
@@ -814,7 +812,8 @@ def run(config, loss_function=cross_entropy, began=None, **about):
         done = step % steps_per_epoch  # of this epoch, more than 0 only after a resume
         batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done, **augmentation)
         for i, (images, targets) in enumerate(batches, start=done):
-            # All of it, if there is one process: (B, C, S, S) and (B, K).
+            # Every process makes the whole batch, from the same seed, and trains on its share (for each of which
+            # DropPath draws the same). With one process the share is all: (B, C, S, S) and (B, K).
             images, targets = images[rank::processes], targets[rank::processes]
             for group in groups:
                 group["lr"] = lr(step, group["peak_lr"])
@@ -893,7 +892,7 @@ def run(config, loss_function=cross_entropy, began=None, **about):
     return accuracy
 
 
-def main(config_class=Config, start=lambda config: run(resolve(config), began=BEGAN)):
+def main(config_class=Config, start=lambda config: run(resolve(config))):
     """Run the command line. What the person can fix ends in one sentence on stderr and a non-zero exit status."""
     if "LOCAL_RANK" not in os.environ:  # torchrun ends its processes by itself, and they could not agree on a step
         signal.signal(signal.SIGINT, on_signal)

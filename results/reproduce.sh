@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 # name, the sizes it is run at, command
 rows() {
     cat <<'ROWS'
+vit-plain         both  train.py --model vit --recipe basic --pool cls --optimizer adamw --lr 1e-3 --whiten off --pos-init noise
 vit-basic         both  train.py --model vit --recipe basic --pool cls
 vit               both  train.py --model vit
 hybrid-builtin    both  train.py --model hybrid --encoder builtin

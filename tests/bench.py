@@ -101,7 +101,9 @@ class Marks:
 # The contestants
 
 class Ours:
-    """Training steps as train.run makes them. `model`: another one in the place of the config's, with AdamW alone."""
+    """Training steps as train.run makes them, at a fixed learning rate.
+
+    `model`: another one in the place of the config's, with AdamW alone."""
 
     ready = 0  # batches that are prepared while others take their turn
 

@@ -241,7 +241,7 @@ def test_a_teacher_teaches_on_a_gpu(tmp_path, teacher, flags):
 
 
 @pytest.mark.parametrize("kind, words", [
-    ("missing", "no file"), ("truncated", "damaged"), ("foreign", "not a model.pt"), ("classes", "7 classes"),
+    ("missing", "No such file"), ("truncated", "damaged"), ("foreign", "not a model.pt"), ("classes", "7 classes"),
     ("channels", "another size"), ("colour", "mean colour")])
 def test_a_teacher_that_does_not_fit_is_refused(tmp_path, fewer_shapes, kind, words):
     path = tmp_path / "t.pt"
@@ -263,7 +263,8 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path, fewer_shapes, kind, wo
     (["--temperature", "0"], "--temperature"), (["--temperature", "-1"], "--temperature"),
     (["--alpha", "1.1"], "--alpha"),
     (["--alpha", "-0.1"], "--alpha"), (["--student", "resnet18"], "resnet18"), (["--model", "vit"], "--model"),
-    (["--alpha", "0", "--distill-token"], "--alpha 0"), (["--teacher", "nowhere.pt"], "nowhere.pt"),
+    (["--alpha", "0", "--distill-token"], "--alpha 0"), (["--alpha", "0", "--teacher", "a.pt"], "--alpha 0"),
+    (["--alpha", "0", "--temperature", "4"], "--alpha 0"), (["--teacher", "nowhere.pt"], "nowhere.pt"),
     (["--patch-size", "5"], "patch size 5"), (["--distill-token", "--pool", "cls"], "--pool"),
     (["--size", "base", "--optimizer", "muon", "--amp", "fp16"], "Muon"),
     (["--batch-size", "4001"], "--batch-size 4001")])
