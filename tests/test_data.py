@@ -350,6 +350,23 @@ def test_train_batches_apply_each_option(shapes, option):
     assert not all(map(torch.equal, with_it, without))
 
 
+def test_train_batches_change_colours_before_normalising_and_erase_after_it(shapes):
+    """So colours are clipped to what a picture can have, and a box is blanked to the mean colour."""
+    x, _ = next(data.train_batches(shapes, 0, 64, 0, trivial=1.0, jitter=0.4, erasing=1.0))
+    pixels = x * shapes.std + shapes.mean
+    assert (x == 0).all(dim=1).flatten(1).any(dim=1).all()
+    assert x.min() < -0.5 and -1e-4 < pixels.min() and pixels.max() < 1 + 1e-4
+
+
+def test_train_batches_toss_a_coin_between_mixup_and_cutmix():
+    """Mixup leaves an image of one colour so, CutMix does not. 120 batches."""
+    levels = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    greys = data.Dataset("greys", list("abcdefghij"), levels, torch.arange(200) % 10, None, None)
+    plain = [bool((x == x[:, :, :1, :1]).all()) for epoch in range(30)
+             for x, _ in data.train_batches(greys, epoch, 50, 0, crop=0, mixup=1.0, cutmix=1.0)]
+    assert 0.35 < sum(plain) / len(plain) < 0.65
+
+
 @pytest.mark.parametrize("together", [1, 3])
 def test_train_batches_take_each_image_once(together):
     """An epoch is a permutation less its last small batch, another one each epoch; labels go with their images."""

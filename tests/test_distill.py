@@ -112,9 +112,11 @@ def test_a_model_with_a_distillation_token_has_two_heads_in_training_and_their_m
     images, seen = torch.randn(3, 3, 32, 32), []
     model.head.register_forward_hook(lambda head, x, out: seen.append((x[0], out)))
     trained, evaluated = model.train()(images), model.eval()(images)
-    assert trained.shape == (3, 2, 10)
-    tokens = seen[0][0]  # (3, 2, 16)
-    torch.testing.assert_close(trained[:, 1], model.head.by_teacher(tokens[:, 1]))
+    tokens, encoder = seen[0][0], model.encoder  # (3, 2, 16): those of the class and of the teacher come first
+    x = torch.cat([encoder.cls_token.expand(3, -1, -1), model.patch_embed(images)], dim=1) + encoder.pos_embed
+    torch.testing.assert_close(tokens, encoder.norm(encoder.blocks(x))[:, :2])
+    by_label, by_teacher = model.head.by_label(tokens[:, 0]), model.head.by_teacher(tokens[:, 1])
+    torch.testing.assert_close(trained, torch.stack([by_label, by_teacher], dim=1))
     torch.testing.assert_close(evaluated, trained.mean(dim=1))
     assert not torch.allclose(tokens[:, 0], tokens[:, 1])
 
@@ -214,6 +216,15 @@ def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("train loss") == 2
     start(tmp_path, "--epochs", "1", "--overwrite")
     assert capsys.readouterr().out.count("train loss") == 1 and path.stat().st_mtime_ns == written
+
+
+def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fewer_shapes):
+    made = []
+    monkeypatch.setattr(train, "run", lambda config, **_: made.append(config))
+    flags = [*SMALL, "--seed", "3", "--hold-out", "100", "--out", str(tmp_path)]
+    path = distill.train_teacher(distill.resolve(train.parse_config(distill.Config, flags)), fewer_shapes)
+    assert path == str(tmp_path / "resnet18-tiny-full-shapes-3-hold-out-100" / "model.pt")
+    assert (made[0].model, made[0].seed, made[0].hold_out) == ("resnet18", 3, 100)
 
 
 # ---- Mistakes

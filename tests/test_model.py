@@ -178,13 +178,13 @@ def test_patch_embed_is_a_convolution():
 
 
 def test_pooling():
-    """Without blocks and norm, "mean" is the mean token plus its position, and "cls" sees the class token alone."""
+    """Without blocks, "mean" is the mean of the normalised tokens with their positions, "cls" the class token alone."""
     for pool in ("mean", "cls"):
         x, encoder = randn(2, 5, 8), randomized(model.Encoder(5, 8, 1, 2, pool=pool))
-        encoder.blocks = encoder.norm = nn.Identity()
-        position = encoder.pos_embed[0]
-        close(encoder(x), x.mean(1) + position.mean(0) if pool == "mean" else
-              (encoder.cls_token[0] + position[:1]).expand(2, 8))
+        encoder.blocks = nn.Identity()
+        norm, position = encoder.norm, encoder.pos_embed[0]
+        close(encoder(x), norm(x + position).mean(1) if pool == "mean" else
+              norm(encoder.cls_token[0] + position[:1]).expand(2, 8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,6 +251,17 @@ def test_hybrid_shapes():
         small = model.Hybrid(num_classes=7, image_size=16, widths=(8, 16), depths=(1, 1), downsample="pool", dim=24,
                              depth=2, pool=pool)
         assert small.encoder.pos_embed.shape[1] == tokens and small(torch.randn(2, 3, 16, 16)).shape == (2, 7)
+
+
+def test_the_hybrids_tokens_are_the_places_of_its_feature_map():
+    """Row by row, each projected as a 1 x 1 convolution would."""
+    hybrid = randomized(model.Hybrid(image_size=16, widths=(8, 12), depths=(1, 1), dim=24, depth=1, num_heads=2)).eval()
+    images, seen = randn(2, 3, 16, 16), []
+    hybrid.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hybrid(images)
+    want = F.conv2d(hybrid.trunk(images), hybrid.proj.weight[:, :, None, None], hybrid.proj.bias)
+    for row, col in itertools.product(range(8), range(8)):
+        close(seen[0][:, 8 * row + col], want[:, :, row, col])
 
 
 @pytest.mark.parametrize("options", [dict(gamma_init=0.1), dict(encoder="builtin", gamma_init=None)])
