@@ -18,6 +18,7 @@ vit-basic         both  train.py --model vit --recipe basic --pool cls
 vit               both  train.py --model vit
 hybrid-builtin    both  train.py --model hybrid --encoder builtin
 hybrid            both  train.py --model hybrid
+hybrid-12-epochs  tiny  train.py --model hybrid --epochs 12
 hybrid-mixed      tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
 resnet18          both  train.py --model resnet18
 vit-distilled     both  distill.py --student vit
