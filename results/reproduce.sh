@@ -31,6 +31,7 @@ ablations() {
     cat <<'ABLATIONS'
 patch-2            both  vit            train.py --model vit --patch-size 2
 patch-8            both  vit            train.py --model vit --patch-size 8
+patch-8-15-epochs  tiny  vit            train.py --model vit --patch-size 8 --epochs 15
 cls                both  vit            train.py --model vit --pool cls
 not-whitened       both  vit            train.py --model vit --whiten off
 pos-noise          both  vit            train.py --model vit --pos-init noise
