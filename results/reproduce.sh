@@ -26,7 +26,7 @@ hybrid-distilled  both  distill.py --student hybrid
 ROWS
 }
 
-# name, sizes, the row that it differs from in one thing, command
+# name, sizes, the row that it is compared with, command
 ablations() {
     cat <<'ABLATIONS'
 patch-2            both  vit            train.py --model vit --patch-size 2
