@@ -346,6 +346,8 @@ def resnet_trunk(in_channels=3, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2),
         raise ValueError(f"widths {widths} and depths {depths} do not fit together")
     if downsample not in ("stride", "pool"):
         raise ValueError(f"unknown downsample {downsample!r}: choose stride or pool")
+    if activation not in ("relu", "gelu"):
+        raise ValueError(f"unknown activation {activation!r}: choose relu or gelu")
     act = nn.GELU() if activation == "gelu" else nn.ReLU()
     layers = [nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), act]
     channels = widths[0]
