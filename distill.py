@@ -100,7 +100,7 @@ def make_loss(teacher, config):
 # The teacher
 
 def train_teacher(config, dataset):
-    """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be."""
+    """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`."""
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "compile", "out")
     amp = "auto" if config.amp == "fp16" else config.amp  # the teacher may have Muon, which does not work with fp16
     teacher = train.resolve(train.Config(model="resnet18", amp=amp, **{name: getattr(config, name) for name in shared}))

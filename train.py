@@ -307,9 +307,8 @@ class Muon(torch.optim.Optimizer):
     A gradient is dominated by a few directions. Made orthogonal, it moves along all directions at the same speed. For
     matrices and convolution kernels alone: a kernel (O, C, k, k) counts as the matrix (O, C*k*k) that multiplies a
     patch. The step is scaled to the size that AdamW's would have (Liu et al. 2025, 2502.16982), and weights decay as in
-    AdamW.
-    `dtype` is that of the products. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bf16, one
-    matrix after another, and takes no kernels. Where bf16 is emulated, as on CPUs without AVX512-BF16 or AMX, that
+    AdamW. `dtype` is that of the products. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bf16,
+    one matrix after another, and takes no kernels. Where bf16 is emulated, as on CPUs without AVX512-BF16 or AMX, that
     takes longer than all the rest of a training step. Builds on orthogonalise.
     """
 

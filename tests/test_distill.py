@@ -112,6 +112,7 @@ def test_a_model_with_a_distillation_token_has_two_heads_in_training_and_their_m
     images, seen = torch.randn(3, 3, 32, 32), []
     model.head.register_forward_hook(lambda head, x, out: seen.append((x[0], out)))
     trained, evaluated = model.train()(images), model.eval()(images)
+    assert trained.shape == (3, 2, 10)
     tokens, encoder = seen[0][0], model.encoder  # (3, 2, 16): those of the class and of the teacher come first
     x = torch.cat([encoder.cls_token.expand(3, -1, -1), model.patch_embed(images)], dim=1) + encoder.pos_embed
     torch.testing.assert_close(tokens, encoder.norm(encoder.blocks(x))[:, :2])

@@ -110,6 +110,7 @@ def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
     lines = [line.split() for line in out.splitlines()[-10:]]
     rows = torch.tensor([list(map(int, line[2:])) for line in lines])
     counts = torch.bincount(shapes.test_labels * 10 + choice, minlength=100).view(10, 10)
+    assert rows.diag().sum().item() == pytest.approx(1000 * accuracy[0], abs=0.6)
     assert rows.sum() == 1000 and (rows - counts).abs().sum() <= 4  # near ties may end either way
     assert [float(line[1]) for line in lines] == pytest.approx((rows.diag() / rows.sum(1)).tolist(), abs=0.001)
     assert [line[0] for line in lines] == list(data.SHAPES)
@@ -299,7 +300,7 @@ def test_reproduce_runs_ablations_side_by_side_and_a_teacher_before_its_students
     assert sorted(others) == [
         f"train.py --model vit {flag} --size tiny --seed 0 --name {name}-0 --out runs/reproduce-tiny "
         "--dataset cifar10" for flag, name in (("--patch-size 8", "patch-8"), ("--pool cls", "cls"))]
-    assert "--model resnet18" in teacher
+    assert "--model resnet18" in teacher and "--epochs" not in teacher
     assert student.startswith("distill.py --student vit --hard --size tiny ")
     assert student.endswith("--teacher runs/reproduce-tiny/resnet18-0/model.pt")
     assert {p.name for p in (tmp_path / "results" / "tiny").iterdir()} == {

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -177,6 +178,15 @@ def test_orthogonalising_keeps_the_singular_vectors_and_makes_the_values_about_o
     inside = U.mT @ train.orthogonalise(matrices) @ V.mT
     torch.testing.assert_close(inside, torch.diag_embed(inside.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-4)
     assert inside.diagonal(dim1=1, dim2=2).min() > 0.68 and inside.max() < 1.21
+
+
+def test_the_moving_average_is_the_hand_sum_and_takes_the_batchnorm_statistics_along():
+    model, averaged = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for tensor in (model.weight.data, model.running_mean):
+        tensor.fill_(5)
+    train.get_ema_multi_avg_fn(0.9)(train.float_state(averaged), train.float_state(model), None)
+    torch.testing.assert_close(averaged.weight.data, torch.full((3,), 0.9 * 1 + 0.1 * 5))
+    torch.testing.assert_close(averaged.running_mean, torch.full((3,), 0.5))
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -353,6 +363,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         train.run(settings, broken)
     checkpoint = train.load(tmp_path / "nan" / "last.pt")
     assert checkpoint["step"] == 16 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
+
+
+def test_a_full_disk_ends_in_one_sentence_and_leaves_no_broken_file(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes a file may have
+    result = command_line(*SMALL, "--epochs", "1", "--out", tmp_path, "--name", "full", preexec_fn=limit)
+    assert result.returncode == 1 and "disk" in result.stderr and "Traceback" not in result.stderr
+    assert [f.name for f in (tmp_path / "full").iterdir()] == ["log.jsonl"]
 
 
 def test_a_damaged_or_foreign_file_is_refused(tmp_path):
