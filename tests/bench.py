@@ -3,7 +3,7 @@
     python tests/bench.py                      our models: images/s, the parts of a step, memory
     python tests/bench.py --peer torchvision   beside them torchvision's models, in the usual loop and in ours
     python tests/bench.py scaling              the ViT's images/s and memory by batch size, patch size and depth
-    python tests/bench.py traps                attention's kernels at 64 and 65 tokens; Muon; max-autotune; DropPath
+    python tests/bench.py traps                attention's kernels at 64 and 65 tokens; Muon; memory; compiling
     python tests/bench.py accuracy             the fewest epochs, and seconds, to 90, 94, 95 and 96 % on the test set
 
 Images/s are of whole training steps, augmentation included: the median over windows in which the contestants take
@@ -253,16 +253,20 @@ def split(loop, device, seconds):
     return marks.shares()
 
 
-def alone(argv, windows, seconds):
-    """(images/s, peak bytes) of our loop in a process of its own; (None, None) if the memory does not suffice."""
+def alone(argv, windows, seconds, kept=True):
+    """(images/s, peak bytes) of our loop in a process of its own; (None, None) if the memory does not suffice.
+
+    kept: with train.keep_memory, as in a run."""
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(in_own_process, argv, windows, seconds).result()
+            return pool.submit(in_own_process, argv, windows, seconds, kept).result()
     except BrokenProcessPool:  # the system ended it
         return None, None
 
 
-def in_own_process(argv, windows, seconds):
+def in_own_process(argv, windows, seconds, kept):
+    if not kept:
+        train.keep_memory = lambda: None
     train.use_fast_kernels()
     config = train.resolve(train.parse_config(argv=argv))
     try:
@@ -412,8 +416,8 @@ def accuracy(args):
 
 
 def traps(args):
-    """What is known to go wrong: slow or nan attention kernels, Muon in emulated bf16, nan under max-autotune, one draw
-    for a whole batch."""
+    """What is known to go wrong: slow or nan attention kernels, Muon in emulated bf16, memory that is given back at every
+    step, nan under max-autotune, one draw for a whole batch."""
     device, rows = args.device, []
     config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size, "--optimizer", "muon")))
     dtype = DTYPES[train.choose_amp(config)]
@@ -461,6 +465,11 @@ def traps(args):
     muons = {"torch.optim.Muon": torch.optim.Muon(matrices), "ours": train.make_optimizers(model, config)[0]}
     for who, muon in muons.items():
         report(f"Muon, a step of the {args.size} ViT's {len(matrices)} matrices: {who}", milliseconds(muon.step))
+    if device == "cpu":
+        for kept in (False, True):
+            speed, _ = alone(command_line(args, "hybrid", args.size), args.windows, args.seconds, kept)
+            report(f"{args.size} hybrid, freed memory {'kept' if kept else 'given back'}",
+                   f"{speed:.0f} images/s" if speed else "out of memory")
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")
