@@ -154,7 +154,8 @@ def load_folder(data_dir):
 
     The test folder may be called val or valid as well. Without those two folders, data_dir/CLASS/FILE; then every fifth
     image of a class is a test image.
-    InputError for a folder without images, with a single class, or with a broken image (which is named).
+    InputError for a folder without images or with deeper ones, with a single class, or with a broken image (which is
+    named).
     """
     def read(folder):
         try:
@@ -163,6 +164,10 @@ def load_folder(data_dir):
             reason = str(error).split(". ")[0]
             raise InputError(f"cannot use the image folder {folder} ({reason}): it needs one folder of images for each "
                              "class; --data-dir names another") from None
+        for path, _ in files.samples:
+            if os.path.relpath(path, folder).count(os.sep) > 1:  # else parts would be taken for classes
+                raise InputError(f"{path} lies deeper than {folder}/CLASS/FILE: name the folders of the two parts "
+                                 "train and test, or move the images up")
         images = torch.stack([read_image(path) for path, _ in files.samples])  # (N, C, S, S)
         return images, torch.tensor(files.targets), files.classes
 
@@ -273,7 +278,7 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
                   label_smoothing=0.0, mixup=0.0, cutmix=0.0, together=None):
     """The batches of one epoch, shuffled and augmented: images float32 (B, C, S, S), normalised; targets (B, K).
 
-    Every image is shifted by up to `crop` pixels and flipped; the keywords turn the rest on, see the functions below.
+    Every image is shifted by up to `crop` pixels, and half are flipped; the keywords turn the rest on, see below.
     The epoch's last, smaller batch is dropped, because another shape would be compiled anew.
     `together` batches are augmented at once: on a GPU by default as many as hold 4,096 images, because launching the
     two hundred small operations of the full recipe takes the host longer than computing them takes the GPU; on a CPU 1.
@@ -439,7 +444,8 @@ def trivial_augment(images, probability):
     Müller & Hutter 2021, 2103.10158.
 
     images float (B, 3, S, S), 0 to 1 -> the same. The operations and their ranges are the paper's ("wide"), except
-    that an image is shifted by at most half its side, not by all of it. All operations are computed for the whole
+    that strengths are not rounded to 31 levels, and that an image is shifted by at most half its side, not by all of
+    it. Moved pixels are interpolated. All operations are computed for the whole
     batch and each image takes its own: to gather the images that drew one, the host would have to wait for the device
     to count them.
     """

@@ -116,7 +116,8 @@ class Block(nn.Module):
 
     x (B, N, D) -> (B, N, D): x + drop_path(gamma * attention(norm(x))), then the same with the MLP. Normalising
     inside the branch leaves the sum itself untouched, so the gradient reaches every block undiminished (Xiong et al.
-    2020, 2002.04745). `gamma_init=None` leaves gamma out.
+    2020, 2002.04745). `gamma_init=None` leaves gamma out. The layers start as torch's do; in an Encoder, init_weights
+    starts them anew.
     """
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, gamma_init=1.0):
@@ -229,7 +230,8 @@ class Encoder(nn.Module):
                 self.pos_embed[0, extra_tokens:] = sine_positions(num_tokens, dim)
 
     def init_weights(self, depth):
-        """Matrices and embeddings from a normal of standard deviation 0.02, biases zero, norms as they are.
+        """Matrices and embeddings from a normal of standard deviation 0.02 (trunc_normal_ cuts at 2, far beyond it),
+        biases zero, norms as they are.
 
         0.02 keeps a branch's output well below its input at every width used here. Each block adds two branches to the
         same sum; with their last layers divided by sqrt(2 * depth) the sum's variance does not grow with depth (GPT-2).
@@ -296,7 +298,7 @@ class ViT(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2016, 1512.03385, figure 5). Needs torch alone.
+    """Two 3x3 convolutions with a shortcut around them (He et al. 2016, 1512.03385, figure 5). Needs torch alone.
 
     x (B, C, S, S) -> (B, O, R, R); R is S, or S / 2 with downsample="stride" or "pool". "stride" is ResNet's own:
     the first convolution steps over every other pixel. "pool" computes it everywhere and keeps the largest of each

@@ -255,16 +255,17 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path):
 
 
 def test_folder_that_cannot_be_used(tmp_path):
-    """No images, one class, too few images, a broken image, differing classes: InputError with the name in it."""
+    """No, too few or broken images, one class, differing classes, unknown parts: InputError with the name in it."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "hollow" / "dog").mkdir(parents=True)
     for folder in ("hollow/cat", "one/cat", "broken/cat", "broken/dog", "differ/train/cat", "differ/test/dog",
-                   "few/cat", "few/dog"):
+                   "few/cat", "few/dog", "deep/train/cat", "deep/train/dog", "deep/validation/cat"):
         write_images(tmp_path / folder, 4)
     path = tmp_path / "broken" / "dog" / "3.png"
     path.write_bytes(path.read_bytes()[:600])
     for folder, words in (("empty", "class folder"), ("hollow", "dog"), ("one", "only one class, cat"),
-                          ("few", "too few"), ("differ", "different classes"), ("broken", "cannot read .*dog.3.png")):
+                          ("few", "too few"), ("differ", "different classes"), ("deep", "deeper .* train and test"),
+                          ("broken", "cannot read .*dog.3.png")):
         with pytest.raises(data.InputError, match=words) as caught:
             data.load_dataset("folder", str(tmp_path / folder))
         assert str(tmp_path / folder) in str(caught.value)
