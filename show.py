@@ -185,8 +185,11 @@ def load_for(about, args):
 
 @torch.no_grad()
 def probabilities(model, dataset):
-    """What the model gives each class for every test image, (N, K)."""
-    return torch.cat([model(images)[: len(labels)].softmax(dim=1) for images, labels in test_batches(dataset, 250)])
+    """What the model gives each class for every test image, (N, K), on the CPU; computed on a GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, dataset = model.to(device), dataset.to(device)
+    batches = test_batches(dataset, 250)
+    return torch.cat([model(images)[: len(labels)].softmax(dim=1) for images, labels in batches]).cpu()
 
 
 def calibration_error(probability, labels, bins=15):
@@ -389,14 +392,19 @@ def main():
     args = parser.parse_intermixed_args()  # paths may stand before and after the options
     if args.what in ("curves", "predict") and not args.paths:
         parser.error(f"{args.what} needs at least one path")
-    if args.count < 1:
-        parser.error("--count must be at least 1")
+    if args.paths and args.what not in ("curves", "predict"):
+        parser.error(f"{args.what} takes no paths: name a model with --model, and a picture to write with --out")
+    if args.count < 1 or args.seed < 0:
+        parser.error("--count must be at least 1, and --seed at least 0")
     try:
-        if args.out and not (os.path.splitext(args.out)[1] and os.path.isdir(os.path.dirname(args.out) or ".")):
+        known = (".png", ".jpg", ".pdf")
+        if args.out and not (args.out.endswith(known) and os.path.isdir(os.path.dirname(args.out) or ".")):
             raise InputError(f"cannot write {args.out}: --out names a picture, as x.png, in a folder that exists")
         globals()[args.what](args)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: cannot write {error.filename} ({error.strerror}): name another picture with --out")
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ def test_curves(tmp_path, monkeypatch, runs):
     (["predict", "none.jpg", "--model", "MODEL"], "none.jpg"), (["attention"], "no model.pt"),
     (["confusion", "--model", "gone.pt"], "gone.pt"), (["curves", "gone"], "gone|matplotlib"),
     (["augment", "--out", "gone/x.png"], "gone/x.png"), (["augment", "--out", "x"], ".png"),
+    (["augment", "--out", "x.foo"], ".png"), (["augment", "--dataset", "shapes", "--out", "/sys/x.png"], "/sys/x.png"),
     (["confusion", "--model", "MODEL", "--dataset", "folder", "--data-dir", "FOLDER"], "other classes")])
 def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, runs, arguments, words):
     for name in ("cat", "dog"):
@@ -161,6 +162,15 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, runs, arguments, 
     with pytest.raises(SystemExit, match=words) as end:
         call(monkeypatch, tmp_path, *[known.get(argument, argument) for argument in arguments])
     assert str(end.value.code).startswith("error: ") and "\n" not in str(end.value.code)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["predict"], "at least one path"), (["confusion", "runs/a/model.pt"], "--model"),
+    (["augment", "--seed", "-1"], "--seed")])
+def test_a_command_line_that_means_nothing_is_refused(tmp_path, monkeypatch, capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        call(monkeypatch, tmp_path, *arguments)
+    assert words in capsys.readouterr().err
 
 
 # ---- The table
