@@ -12,7 +12,7 @@ From top to bottom: the loss, the teacher, and the command line. The loop is tra
 
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -101,13 +101,18 @@ def make_loss(teacher, config):
 
 def train_teacher(config, dataset):
     """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`."""
-    shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "compile", "out")
-    amp = "auto" if config.amp == "fp16" else config.amp  # the teacher may have Muon, which does not work with fp16
-    teacher = train.resolve(train.Config(model="resnet18", amp=amp, **{name: getattr(config, name) for name in shared}))
+    shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
+    teacher = train.resolve(train.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
     folder = os.path.join(teacher.out, teacher.name)
-    path = os.path.join(folder, "model.pt")
+    path, last = os.path.join(folder, "model.pt"), os.path.join(folder, "last.pt")
+    if os.path.exists(path) and os.path.exists(last):
+        free = {"amp", *train.FREE_FIELDS} - {"epochs"}
+        differ = train.differences(train.load(last).get("config", {}), teacher, free)
+        if differ:
+            raise InputError(f"{path} was not trained by its preset ({differ}): name it with --teacher to take it all "
+                             "the same, or move it away")
     if not os.path.exists(path):
-        teacher.resume = os.path.exists(os.path.join(folder, "last.pt"))
+        teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume
         print(f"first the teacher, {folder}")
         train.run(teacher, dataset=dataset)
@@ -133,9 +138,9 @@ def load_teacher(path, dataset, device):
     return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def seconds_per_step(teacher, dataset, config):
+def seconds_per_step(teacher, dataset, config, processes=1):
     """What the teacher adds to a training step: the seconds of one forward pass, the median of five."""
-    images, _ = next(test_batches(dataset, config.batch_size))  # (B, C, S, S)
+    images, _ = next(test_batches(dataset, config.batch_size // processes))  # (B, C, S, S)
     seconds = []
     for _ in range(7):  # two to warm up, and to compile
         train.wait(config.device)
@@ -158,7 +163,9 @@ def resolve(config):
     if config.distill_token and config.pool == "cls":
         raise InputError("--distill-token adds a class token too: leave --pool out")
     given = config.name
-    config = train.resolve(replace(config, pool="distill") if config.distill_token else config)
+    config = train.resolve(config)
+    if config.distill_token:
+        config.pool = "distill"
     config.name = given or ("distill-" if config.alpha else "control-") + config.name
     return config
 
@@ -166,16 +173,16 @@ def resolve(config):
 def start(config):
     """Train the student of the command line, and its teacher first if there is none."""
     config = resolve(config)
+    if not config.alpha:
+        return train.run(config)
     _, processes = train.join_processes(config)
     train.use_fast_kernels()
     folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
     if config.resume and not os.path.exists(os.path.join(folder, "last.pt")):
         if os.path.exists(os.path.join(folder, "model.pt")):
             raise InputError(f"{folder} has no last.pt to resume from: choose another --name, or --overwrite it")
-        # It was stopped before its first checkpoint, while the teacher trained perhaps.
+        print(f"{folder} has no last.pt yet: the student starts from the beginning")  # its teacher was being trained
         config.resume, config.overwrite = False, True
-    if not config.alpha:
-        return train.run(config)
     dataset = train.load_for_all(config)
     train.count_steps(config, len(dataset.train_labels), processes)  # does the batch size fit? For the same reason
     path = config.teacher or train_teacher(config, dataset)
@@ -183,7 +190,7 @@ def start(config):
     if train.choose_compile(config, len(dataset.train_labels), processes):
         teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such
     accuracy = evaluate(teacher, dataset, config.batch_size, make_autocast(config))
-    seconds = seconds_per_step(teacher, dataset, config)
+    seconds = seconds_per_step(teacher, dataset, config, processes)
     print(f"teacher {path}: {dataset.test_split} accuracy {accuracy:.4f}, adds {1000 * seconds:.1f} ms to a step")
     about = dict(path=path, accuracy=accuracy, seconds_per_step=seconds)
     return train.run(config, make_loss(teacher, config), dataset, teacher=about)

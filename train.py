@@ -196,6 +196,10 @@ def model_options(config, num_classes):
 def resolve(config):
     """Put the preset's values where the config has none, and check all values. InputError if one is impossible."""
     config = copy.copy(config)
+    for field in dataclasses.fields(config):
+        choices, value = field.metadata["choices"], getattr(config, field.name)
+        if choices and value not in (None, *choices):
+            raise InputError(f"{flag_of(field)} must be one of {', '.join(choices)}, not {value!r}")
     available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if config.device == "auto":
         config.device = next(device for device, there in available.items() if there)
@@ -506,9 +510,9 @@ def load(path, device="cpu"):
 def load_model(path, device="cpu"):
     """A model.pt that train.py wrote -> (the model in eval mode, the rest of the file as a dict).
 
-    The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), and "mean" and
-    "std", by which images scaled to 0..1 are normalised: model((images - mean) / std). InputError if it is not such a
-    file.
+    The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), "step", after which
+    it was saved, and "mean" and "std", by which images scaled to 0..1 are normalised: model((images - mean) / std).
+    InputError if it is not such a file.
     """
     content = load(path, device)
     try:
@@ -570,6 +574,13 @@ def clock(seconds):
 FREE_FIELDS = ("epochs", "name", "out", "device", "compile", "data_dir", "resume", "overwrite")
 
 
+def differences(was, config, free):
+    """In which fields, except the free ones, the dict of an earlier config is another than this one, as one text."""
+    return ", ".join(f"{flag_of(field)} {was.get(field.name)} -> {getattr(config, field.name)}"
+                     for field in dataclasses.fields(config)
+                     if field.name not in free and was.get(field.name) != getattr(config, field.name))
+
+
 def run_folder(config):
     """The run's folder. InputError if it exists, and neither --resume nor --overwrite was given."""
     folder = os.path.join(config.out, config.name)
@@ -619,13 +630,11 @@ def open_run(config):
     folder = run_folder(config)
     if config.resume:
         checkpoint = load_last(folder, config.device)
-        was, now = checkpoint.get("config"), dataclasses.asdict(config)
-        if not isinstance(was, dict):
+        if not isinstance(checkpoint.get("config"), dict):
             raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
-        differ = [f"{flag_of(field)} {was.get(field.name)} -> {now[field.name]}" for field in dataclasses.fields(config)
-                  if field.name not in FREE_FIELDS and was.get(field.name) != now[field.name]]
+        differ = differences(checkpoint["config"], config, FREE_FIELDS)
         if differ:
-            raise InputError(f"{folder}/last.pt has other options ({', '.join(differ)}): resume it with its own")
+            raise InputError(f"{folder}/last.pt has other options ({differ}): resume it with its own")
         lock(folder)
         return checkpoint
     try:
@@ -776,9 +785,11 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
         began -= seconds  # the clock goes on from where it stood
         del checkpoint  # and its copy of the weights
-        if step >= total_steps and os.path.exists(model_path):
-            print(f"{folder} has had its {step // steps_per_epoch} epochs already: ask for more with --epochs")
-            return evaluate(averaged, dataset, config.batch_size, autocast)
+        if step >= total_steps and os.path.exists(model_path) and load(model_path).get("step") == step:
+            accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
+            print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
+                  f"{accuracy:.4f}: ask for more with --epochs")
+            return accuracy
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0
@@ -892,7 +903,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     if rank == 0:
         weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
         save(dict(model=config.model, options=options, dataset=dataset.name, classes=dataset.classes,
-                  mean=dataset.mean.cpu(), std=dataset.std.cpu(), state_dict=weights), model_path)
+                  mean=dataset.mean.cpu(), std=dataset.std.cpu(), step=step, state_dict=weights), model_path)
     seconds = time.perf_counter() - began
     speed = statistics.median(speeds[1:] or speeds or [0.0])  # the first epoch also compiles
     training_seconds = sum(steps_per_epoch * config.batch_size / s for s in speeds)  # evaluations left out

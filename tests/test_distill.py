@@ -217,6 +217,10 @@ def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("train loss") == 2
     start(tmp_path, "--epochs", "1", "--overwrite")
     assert capsys.readouterr().out.count("train loss") == 1 and path.stat().st_mtime_ns == written
+    monkeypatch.setitem(train.PRESETS, ("resnet18", "tiny"), dict(train.PRESETS["resnet18", "tiny"], epochs=2))
+    with pytest.raises(data.InputError, match="--epochs 1 -> 2.*--teacher"):  # a quick try is no teacher
+        start(tmp_path, "--epochs", "1", "--overwrite")
+    start(tmp_path, "--epochs", "1", "--overwrite", "--teacher", str(path))
 
 
 def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fewer_shapes):
@@ -236,10 +240,11 @@ def a_model(path, dataset, **options):
                     state_dict=build_model("resnet18", **options).state_dict()), path)
 
 
-def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp_path, teacher):
-    (tmp_path / "a").mkdir()
+def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp_path, teacher, capsys):
     start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "a", "--resume")
-    assert (tmp_path / "a" / "model.pt").exists()
+    assert (tmp_path / "a" / "model.pt").exists() and "starts from the beginning" in capsys.readouterr().out
+    with pytest.raises(data.InputError, match="no .*last.pt"):  # without a teacher there was nothing to wait for
+        start(tmp_path, "--alpha", "0", "--epochs", "1", "--name", "b", "--resume")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -278,7 +283,6 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path, fewer_shapes, kind, wo
     (["--alpha", "0", "--distill-token"], "--alpha 0"), (["--alpha", "0", "--teacher", "a.pt"], "--alpha 0"),
     (["--alpha", "0", "--temperature", "4"], "--alpha 0"), (["--teacher", "nowhere.pt"], "nowhere.pt"),
     (["--patch-size", "5"], "patch size 5"), (["--distill-token", "--pool", "cls"], "--pool"),
-    (["--size", "base", "--optimizer", "muon", "--amp", "fp16"], "Muon"),
     (["--batch-size", "4001"], "--batch-size 4001")])
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
