@@ -235,8 +235,6 @@ def resolve(config):
         if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
             raise InputError(f"{flag_of(field)} must be {'at least' if high is None else 'from'} {low}"
                              f"{'' if high is None else f' to {high}'}, not {value}")
-    if config.amp == "fp16" and config.optimizer == "muon":
-        raise InputError("Muon does not work with fp16: use --optimizer adamw, --amp bf16 or --amp off")
     if not config.name:
         config.name = f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
         config.name += f"-hold-out-{config.hold_out}" if config.hold_out else ""
@@ -297,13 +295,13 @@ def orthogonalise(matrices, dtype=torch.float32):
     only matrix products, for which bf16 is precise enough.
     """
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # (n, O, I), O <= I: the products x x^T are the smaller ones
+    x = matrices.mT if tall else matrices  # (n, R, L), R <= L: the products x x^T are the smaller ones
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # no singular value is above 1
     for _ in range(5):
-        gram = x @ x.mT  # (n, O, O)
+        gram = x @ x.mT  # (n, R, R)
         # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
+    return x.mT if tall else x  # (n, O, I)
 
 
 class Muon(torch.optim.Optimizer):
@@ -351,8 +349,7 @@ def make_optimizers(model, config):
     inner, outer, rest = split_parameters(model)
     optimizers = []
     if config.optimizer == "muon":
-        optimizers.append(Muon(inner, config.muon_lr, config.momentum, config.weight_decay,
-                               dtype=torch.bfloat16 if choose_amp(config) == "bf16" else torch.float32))
+        optimizers.append(Muon(inner, config.muon_lr, config.momentum, config.weight_decay, DTYPES[choose_amp(config)]))
         inner = []
     # 0.99 and not 0.999, which looks back 1,000 steps: all that a tiny run has. For base it was not tuned.
     groups = [dict(params=inner + outer, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
@@ -361,6 +358,16 @@ def make_optimizers(model, config):
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def clip_gradients(model, largest):
+    """Scale all gradients by one factor, so that their common norm is at most `largest`.
+
+    If the norm is not finite, they stay as they are: in fp16 the GradScaler then leaves out the step of the optimizer
+    whose gradients overflowed, and those of the other one are good.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm.nan_to_num(nan=0.0, posinf=0.0))
 
 
 def float_state(model):
@@ -379,18 +386,15 @@ def cross_entropy(logits, targets, images):
 # ---------------------------------------------------------------------------------------------------------------------
 # Precision, compilation and evaluation
 
-def choose_amp(config):
-    """"bf16", "fp16" or "off" for a resolved config's device. bf16 has float32's range and needs no loss scaling.
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 
-    fp16 needs it, and does not go with two optimizers, Muon and AdamW: a GradScaler skips the step of the one whose
-    gradients are inf or nan, but by then clipping, by the norm of all gradients, has made the other's zero or nan.
-    """
+
+def choose_amp(config):
+    """A key of DTYPES for a resolved config's device. bf16 has float32's range; fp16 needs the loss to be scaled."""
     if config.amp != "auto":
         return config.amp
     if config.device == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16"
-        return "off" if config.optimizer == "muon" else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     fast = config.device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return "bf16" if fast else "off"  # emulated bf16 is slower than float32
 
@@ -398,7 +402,7 @@ def choose_amp(config):
 def make_autocast(config):
     """The context of every forward pass: matrix products and convolutions in half precision, where that is faster."""
     amp = choose_amp(config)
-    return torch.autocast(config.device, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
+    return torch.autocast(config.device, dtype=DTYPES[amp] if amp != "off" else None, enabled=amp != "off")
 
 
 def use_fast_kernels():
@@ -851,7 +855,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             if config.clip:
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                clip_gradients(model, config.clip)
             for optimizer in optimizers:
                 scaler.step(optimizer)
             scaler.update()

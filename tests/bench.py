@@ -43,7 +43,6 @@ from data import DATASETS, InputError, load_dataset, train_batches
 from model import Attention, DropPath, build_model
 
 PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -52,7 +51,7 @@ DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, off=torch.float32)
 def matrix_rate(config):
     """Floating point operations a second of a large product, in the precision of the config's autocast."""
     n = 8192 if config.device == "cuda" else 2048
-    dtype = DTYPES[train.choose_amp(config)]
+    dtype = train.DTYPES[train.choose_amp(config)]
     a, b = (torch.randn(n, n, device=config.device, dtype=dtype) for _ in range(2))
     timer = Timer("a @ b", globals=dict(a=a, b=b), num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.blocked_autorange(min_run_time=1).median
@@ -144,7 +143,7 @@ class Ours:
         if self.config.clip:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+            train.clip_gradients(self.model, self.config.clip)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -264,7 +263,7 @@ def alone(argv, windows, seconds, kept=True):
         return None, None
 
 
-def in_own_process(argv, windows, seconds, kept):
+def in_own_process(argv, windows, seconds, kept=True):
     if not kept:
         train.keep_memory = lambda: None
     train.use_fast_kernels()
@@ -342,14 +341,15 @@ def scaling(args):
 
 
 def finished(path, config):
-    """The last line of that log if its run has ended and was one of this config on this machine, else None."""
+    """The last line of that log if its run has ended and was one of this config, code and machine, else None."""
     try:
         start, *_, end = show.read_log(path)
     except (InputError, ValueError):  # there is none, or it was cut off
         return None
     same = all(start["config"].get(name) == value for name, value in vars(config).items()
                if name not in train.FREE_FIELDS or name in ("epochs", "compile"))
-    same = same and start["machine"] == train.describe_machine(config.device)["machine"]
+    here = dict(commit=train.git_commit(), **train.describe_machine(config.device))
+    same = same and all(start[name] == here[name] for name in ("commit", "machine", "torch"))
     return end if same and start["event"] == "start" and end["event"] == "end" else None
 
 
@@ -416,11 +416,11 @@ def accuracy(args):
 
 
 def traps(args):
-    """What is known to go wrong: slow or nan attention kernels, Muon in emulated bf16, memory that is given back at every
-    step, nan under max-autotune, one draw for a whole batch."""
+    """What is known to go wrong: slow or nan attention kernels, Muon in emulated bf16, memory that is given back after
+    every step, nan under max-autotune, one draw for a whole batch."""
     device, rows = args.device, []
     config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size, "--optimizer", "muon")))
-    dtype = DTYPES[train.choose_amp(config)]
+    dtype = train.DTYPES[train.choose_amp(config)]
 
     def milliseconds(function):
         timer = Timer("function()", globals=dict(function=function), num_threads=torch.get_num_threads())
@@ -468,8 +468,7 @@ def traps(args):
     if device == "cpu":
         for kept in (False, True):
             speed, _ = alone(command_line(args, "hybrid", args.size), args.windows, args.seconds, kept)
-            report(f"{args.size} hybrid, freed memory {'kept' if kept else 'given back'}",
-                   f"{speed:.0f} images/s" if speed else "out of memory")
+            report(f"{args.size} hybrid, freed memory {'kept' if kept else 'given back'}", f"{speed:.0f} images/s")
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")
@@ -553,6 +552,8 @@ def main(argv=None):
     parser.add_argument("--data-dir")
     parser.add_argument("--json", metavar="FILE", help="keep the result")
     args = parser.parse_args(argv)
+    if args.flags and args.what != "accuracy":
+        parser.error("--flags is for accuracy")
     args.size = args.size or ("base" if args.device == "cuda" else "tiny")
     train.use_fast_kernels()
     with tempfile.TemporaryDirectory() as empty:  # so that a model's first step compiles, and does not find it done

@@ -1,5 +1,6 @@
 """bench.py: the contestants are of the same shape, and a small run of each measurement gives a table."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -126,6 +127,21 @@ def test_a_run_to_a_mark_is_made_once(tmp_path, capsys):
         bench.main([*flags, "--flags", "--batch-size 5000"])
 
 
+def test_a_run_of_other_code_or_another_machine_does_not_count(tmp_path):
+    config = train.resolve(train.parse_config(argv=["--dataset", "shapes", "--device", "cpu", "--size", "tiny"]))
+    here = dict(commit=train.git_commit(), **train.describe_machine("cpu"))
+    path, end = tmp_path / "log.jsonl", dict(event="end", test_accuracy=0.5)
+
+    def finished(**changed):
+        start = dict(event="start", config=dataclasses.asdict(config), **here | changed)
+        path.write_text("\n".join(map(json.dumps, (start, end))))
+        return bench.finished(path, config)
+    assert finished() == end
+    assert not (finished(commit="0000000") or finished(torch="1.0") or finished(machine="a mainframe"))
+    with pytest.raises(SystemExit):
+        bench.main(["scaling", "--device", "cpu", "--flags", "--amp off"])  # would be ignored
+
+
 def test_a_batch_that_is_too_large_is_an_error():
     with pytest.raises(SystemExit, match="--batch-size 5000"):
         bench.main(["--device", "cpu", "--dataset", "shapes", "--batch-size", "5000"])
@@ -142,8 +158,8 @@ def test_a_process_of_its_own_tells_its_own_peak():
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 def test_traps_are_looked_at(capsys):
-    bench.main(["traps", "--device", "cpu", "--seconds", "0.01"])
+    bench.main(["traps", "--device", "cpu", "--seconds", "0.01", "--windows", "1", "--dataset", "shapes"])
     out = capsys.readouterr().out
-    assert "written out" in out and "NAN" not in out
+    assert "written out" in out and "NAN" not in out and "memory kept | " in out
     kept = float(out.split("| ")[-1].split("%")[0])
     assert 40 < kept < 60

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import re
 import resource
 import shutil
@@ -78,6 +79,12 @@ def test_presets_fill_what_the_command_line_leaves_open():
     assert builtin.gamma_init is None and builtin.drop_path == 0
 
 
+@pytest.mark.parametrize("field, value", [("schedule", "Linear"), ("size", "small"), ("pool", "max")])
+def test_a_config_from_python_is_checked_as_the_command_line_is(field, value):
+    with pytest.raises(data.InputError, match=f"--{field} must be one of .*{value}"):
+        train.resolve(train.Config(**{field: value}))
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--modle", "vit"], "--modle"), (["--model", "vgg"], "vgg"), (["--epochs", "0"], "--epochs"),
     (["--lr", "-1"], "--lr"), (["--label-smoothing", "1.5"], "--label-smoothing"), (["--epochs", "three"], "three"),
@@ -85,7 +92,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
     (["--model", "resnet18", "--dim", "8"], "--dim"), (["--batch-size", "100000"], "--batch-size"),
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
-    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), (["--amp", "fp16"], "Muon"),
+    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), 
     (["--warmup", "inf"], "--warmup"), (["--gamma-init", "inf"], "--gamma-init"),
     (["--seed", "10000000000000000000"], "--seed"),
     (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
@@ -187,6 +194,39 @@ def test_the_moving_average_is_the_hand_sum_and_takes_the_batchnorm_statistics_a
     train.get_ema_multi_avg_fn(0.9)(train.float_state(averaged), train.float_state(model), None)
     torch.testing.assert_close(averaged.weight.data, torch.full((3,), 0.9 * 1 + 0.1 * 5))
     torch.testing.assert_close(averaged.running_mean, torch.full((3,), 0.5))
+
+
+def test_gradients_are_clipped_by_their_common_norm():
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    for largest in (0.1, 100.0):
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        train.clip_gradients(ours, largest)
+        nn.utils.clip_grad_norm_(theirs.parameters(), largest)
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(ours.parameters(), theirs.parameters()))
+
+
+def test_an_overflow_in_fp16_costs_one_optimizer_its_step_and_the_other_nothing():
+    settings = config("--size", "tiny", "--device", "cpu", "--amp", "fp16", "--dim", "16")
+    model = build_model("vit", **train.model_options(settings, 10))
+    muon, adamw = train.make_optimizers(model, settings)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.zeros(()))  # as the loss would be
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 8e-6)
+    inner, outer, rest = train.split_parameters(model)
+    inner[0].grad[0, 0] = torch.inf
+    before = [p.detach().clone() for p in (*inner, *outer, *rest)]
+    for optimizer in (muon, adamw):
+        scaler.unscale_(optimizer)
+    train.clip_gradients(model, 1.0)
+    for optimizer in (muon, adamw):
+        scaler.step(optimizer)
+    scaler.update()
+    moved = [not torch.equal(p, old) for p, old in zip((*inner, *outer, *rest), before)]
+    assert moved == [False] * len(inner) + [True] * len(outer + rest)
+    assert all(p.isfinite().all() for p in model.parameters()) and scaler.get_scale() == 4
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
@@ -318,6 +358,28 @@ def test_a_network_learns_the_shapes_in_eighty_steps(tmp_path):
     assert [line["train_loss"] for line in log if line["event"] == "epoch"][0] < math.log(10) - 0.2
 
 
+def test_fp16_leads_to_the_weights_that_float32_leads_to(tmp_path):
+    flags = ["--size", "tiny", "--device", "cpu", "--epochs", "1", "--clip", "1", "--batch-size", "250"]
+    flat = lambda state: torch.cat([value.flatten() for value in state.values()])
+    ends = []
+    for amp in ("off", "fp16"):
+        run(tmp_path, *flags, "--amp", amp, "--name", amp)
+        ends.append(flat(train.load(tmp_path / amp / "model.pt")["state_dict"]))
+    start = flat(train.make_model(config(*SMALL, *flags), data.load_dataset("shapes")).state_dict())
+    assert torch.dist(*ends) < 0.1 * torch.dist(start, ends[0])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_the_memory_of_a_step_is_kept_for_the_next():
+    train.keep_memory()
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16_000_000)  # 64 MB, 15,625 pages of 4 KB
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[-1] < 500
+
+
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_same_seed_gives_the_same_bits(tmp_path, amp):
     flags = ["--epochs", "1", "--drop-path", "0.2", "--mixup", "1", "--cutmix", "1", "--amp", amp]
@@ -395,7 +457,12 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
     accuracy, log = run(tmp_path, *flags)
     for epochs in ("2", "1"):
         assert run(tmp_path, *flags, "--resume", "--epochs", epochs) == (accuracy, log)
-        assert "has had its 2 epochs already" in capsys.readouterr().out
+        assert f"has had its 2 epochs already, test accuracy {accuracy:.4f}" in capsys.readouterr().out
+    path = tmp_path / "f" / "model.pt"
+    content = train.load(path)
+    torch.save(dict(content, step=40, state_dict={}), path)  # as if the end had come between last.pt and model.pt
+    assert run(tmp_path, *flags, "--resume")[0] == accuracy
+    assert same(train.load(path), content)
 
 
 def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
@@ -412,8 +479,8 @@ def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, 
 
 @pytest.mark.parametrize("bf16, capability, has, size, amp, compiled", [
     (True, (9, 0), "triton gcc", "base", "bf16", True), (True, (9, 0), "triton gcc", "tiny", "bf16", False),
-    (False, (7, 5), "triton clang", "base", "off", True), (False, (7, 5), "triton gcc", "tiny", "off", False),
-    (False, (6, 1), "triton gcc", "base", "off", False), (True, (9, 0), "gcc", "base", "bf16", False),
+    (False, (7, 5), "triton clang", "base", "fp16", True), (False, (7, 5), "triton gcc", "tiny", "fp16", False),
+    (False, (6, 1), "triton gcc", "base", "fp16", False), (True, (9, 0), "gcc", "base", "bf16", False),
     (True, (9, 0), "triton", "base", "bf16", False), (True, (9, 0), "triton CC", "base", "bf16", True)])
 def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, size, amp, compiled):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -427,7 +494,6 @@ def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, si
     assert train.choose_compile(config("--size", size, "--epochs", "10")) == compiled
     assert not train.choose_compile(config("--size", size, "--epochs", "9"))  # too short to win the time back
     assert not train.choose_compile(chosen, images=4000) and not train.choose_compile(chosen, processes=2)
-    assert train.choose_amp(config("--size", size, "--optimizer", "adamw")) == ("bf16" if bf16 else "fp16")
 
 
 def test_several_processes_are_not_compiled():
@@ -470,7 +536,7 @@ def test_the_hybrid_passes_40_percent_on_cifar10_after_sixty_steps(tmp_path):
 def test_every_model_trains_on_a_gpu(tmp_path, model, size, amp):
     settings = config("--dataset", "shapes", "--model", model, "--size", size, "--epochs", "3", "--amp", amp,
                       "--device", "cuda", "--batch-size", "200", "--out", str(tmp_path), "--warmup", "0.5",
-                      "--compile", "on", *(["--optimizer", "adamw"] if amp == "fp16" else []))
+                      "--compile", "on")
     train.run(settings)
     log = map(json.loads, open(tmp_path / settings.name / "log.jsonl"))
     losses = [line["train_loss"] for line in log if line["event"] == "epoch"]
