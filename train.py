@@ -139,7 +139,7 @@ BASE = dict(crop=4, trivial=0.5, jitter=0.1, erasing=0.25, label_smoothing=0.1, 
             batch_size=512, optimizer="muon", lr=2e-3, muon_lr=0.005, momentum=0.95, weight_decay=0.1,
             warmup=3.0, schedule="cosine", clip=1.0, ema=0.998)
 PRESETS = {
-    ("vit", "tiny"): dict(TINY, epochs=4, lr=2e-3, muon_lr=0.01, momentum=0.9, patch_size=4, dim=256, depth=4, heads=4,
+    ("vit", "tiny"): dict(TINY, epochs=4, lr=2e-3, muon_lr=0.005, momentum=0.9, patch_size=4, dim=256, depth=4, heads=4,
                           drop_path=0.0, gamma_init=1.0, pos_init="sine"),
     ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0,
                              pos_init="noise"),

@@ -45,9 +45,10 @@ adamw-1e-3         both  vit            train.py --model vit --optimizer adamw -
 adamw-2e-3         both  vit            train.py --model vit --optimizer adamw --lr 2e-3
 adamw-4e-3         both  vit            train.py --model vit --optimizer adamw --lr 4e-3
 muon-0.00125       base  vit            train.py --model vit --optimizer muon --muon-lr 0.00125
-muon-0.005         both  vit            train.py --model vit --optimizer muon --muon-lr 0.005
-muon-0.01          base  vit            train.py --model vit --optimizer muon --muon-lr 0.01
-muon-0.02          both  vit            train.py --model vit --optimizer muon --muon-lr 0.02
+muon-0.0025        tiny  vit            train.py --model vit --optimizer muon --muon-lr 0.0025
+muon-0.005         base  vit            train.py --model vit --optimizer muon --muon-lr 0.005
+muon-0.01          both  vit            train.py --model vit --optimizer muon --muon-lr 0.01
+muon-0.02          base  vit            train.py --model vit --optimizer muon --muon-lr 0.02
 basic              both  vit            train.py --model vit --recipe basic
 basic-trivial      both  basic          train.py --model vit --recipe basic --trivial 0.5
 basic-jitter       both  basic          train.py --model vit --recipe basic --jitter 0.1
