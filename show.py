@@ -48,7 +48,15 @@ def save_grid(rows, titles, captions, path, scale=3):
             picture = to_pil_image(image.float().clamp(0, 1).cpu()).resize((S, S), Image.NEAREST)
             canvas.paste(picture, corner)
             draw.text((corner[0], corner[1] + S), captions[r][i], fill="black", spacing=0, font_size=10)
-    canvas.save(path)
+    write(canvas.save, path)
+
+
+def write(save, path):
+    """Let `save` write the picture, and say so. InputError if it cannot."""
+    try:
+        save(path)
+    except (OSError, ValueError) as error:  # ValueError: of a kind that it does not know
+        raise InputError(f"cannot write {path} ({error}): name another picture, as x.png, with --out") from None
     print(path)
 
 
@@ -157,8 +165,7 @@ def curves(args):
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize="small")
-    figure.savefig(args.out or "curves.png", dpi=100)
-    print(args.out or "curves.png")
+    write(lambda path: figure.savefig(path, dpi=100), args.out or "curves.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,18 +400,15 @@ def main():
     if args.what in ("curves", "predict") and not args.paths:
         parser.error(f"{args.what} needs at least one path")
     if args.paths and args.what not in ("curves", "predict"):
-        parser.error(f"{args.what} takes no paths: name a model with --model, and a picture to write with --out")
+        parser.error(f"{args.what} takes no paths: --model names a model")
     if args.count < 1 or args.seed < 0:
         parser.error("--count must be at least 1, and --seed at least 0")
     try:
-        known = (".png", ".jpg", ".pdf")
-        if args.out and not (args.out.endswith(known) and os.path.isdir(os.path.dirname(args.out) or ".")):
+        if args.out and not (os.path.splitext(args.out)[1] and os.path.isdir(os.path.dirname(args.out) or ".")):
             raise InputError(f"cannot write {args.out}: --out names a picture, as x.png, in a folder that exists")
         globals()[args.what](args)
     except InputError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: cannot write {error.filename} ({error.strerror}): name another picture with --out")
 
 
 if __name__ == "__main__":

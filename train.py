@@ -1,6 +1,6 @@
 """Train a Vision Transformer, a ResNet-18 + Transformer hybrid or a ResNet-18 from scratch on CIFAR-10.
 
-    python train.py                       a ViT: with a GPU 94.6 % (n = 1, H200), without 78.63 +- 0.19 % (n = 3)
+    python train.py                       a ViT: with a GPU 94.6 % (n = 1, H200), without 80.41 +- 0.14 % (n = 3)
     python train.py --model hybrid        90.29 +- 0.08 % (n = 5) in 337 s on two cores (AMD EPYC, bf16)
     python train.py --help                every option, with its default
 
@@ -198,7 +198,7 @@ def resolve(config):
     config = copy.copy(config)
     for field in dataclasses.fields(config):
         choices, value = field.metadata["choices"], getattr(config, field.name)
-        if choices and value not in (None, *choices):
+        if choices and value != field.default and value not in choices:
             raise InputError(f"{flag_of(field)} must be one of {', '.join(choices)}, not {value!r}")
     available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if config.device == "auto":
@@ -218,14 +218,14 @@ def resolve(config):
     if "dim" not in preset:
         foreign |= {"encoder", "pool"}
     optimizer = config.optimizer or preset["optimizer"]
+    if optimizer != "muon":
+        foreign |= {"muon_lr", "momentum"}
     for field in dataclasses.fields(config):
         given = getattr(config, field.name) != field.default
         if field.name in foreign:
             if given:
-                raise InputError(f"{flag_of(field)} means nothing to a {config.model}: leave it out")
+                raise InputError(f"{flag_of(field)} means nothing to a {config.model} with {optimizer}: leave it out")
             setattr(config, field.name, None)
-        elif field.name in ("muon_lr", "momentum") and given and optimizer != "muon":
-            raise InputError(f"{flag_of(field)} means nothing to {optimizer}: leave it out, or add --optimizer muon")
         elif field.name in preset and not given:
             setattr(config, field.name, preset[field.name])
     for field in dataclasses.fields(config):
@@ -364,9 +364,9 @@ def clip_gradients(model, largest):
     """Scale all gradients by one factor, so that their common norm is at most `largest`.
 
     If the norm is not finite, they stay as they are: in fp16 the GradScaler then leaves out the step of the optimizer
-    whose gradients overflowed, and those of the other one are good.
+    whose gradients overflowed, and the other one takes its own unclipped.
     """
-    norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm.nan_to_num(nan=0.0, posinf=0.0))
 
 
@@ -406,18 +406,18 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """TF32 (or what comes near it) for products that autocast leaves in float32; cuDNN's fastest convolutions."""
+    """TF32 (or what comes near it) for products in float32, cuDNN's fastest convolutions, memory that is kept."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     keep_memory()
 
 
 def keep_memory():
-    """On a CPU, with glibc's malloc: keep the memory of a step for the next one.
+    """Let glibc's malloc keep the memory that a step frees for the next one: for runs on a CPU.
 
     By default every large block that is freed goes back to the system, and when the next step asks for it, it is mapped
-    and zeroed again, page by page. The hybrid gains a tenth and more, patches of 2 pixels nearly twice the speed
-    (results/README.md, "Known traps"). A GPU's memory is kept by torch.
+    and zeroed again, page by page. Keeping it makes a tiny hybrid a tenth to a sixth faster (results/README.md, "Known
+    traps"). The memory of a GPU is kept by torch.
     """
     if platform.libc_ver()[0] == "glibc":
         set_malloc_option = ctypes.CDLL(None).mallopt
@@ -789,7 +789,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
         began -= seconds  # the clock goes on from where it stood
         del checkpoint  # and its copy of the weights
-        if step >= total_steps and os.path.exists(model_path) and load(model_path).get("step") == step:
+        if step >= total_steps and os.path.exists(model_path) and load(model_path).get("step", step) == step:
             accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
             print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
                   f"{accuracy:.4f}: ask for more with --epochs")

@@ -349,7 +349,7 @@ def finished(path, config):
     same = all(start["config"].get(name) == value for name, value in vars(config).items()
                if name not in train.FREE_FIELDS or name in ("epochs", "compile"))
     here = dict(commit=train.git_commit(), **train.describe_machine(config.device))
-    same = same and all(start[name] == here[name] for name in ("commit", "machine", "torch"))
+    same = same and all(start.get(name) == here[name] for name in ("commit", "machine", "torch"))
     return end if same and start["event"] == "start" and end["event"] == "end" else None
 
 
@@ -364,7 +364,7 @@ def trained(args, model, epochs, seed):
     if not end:
         if subprocess.run([sys.executable, train.__file__, *argv], stdout=subprocess.DEVNULL).returncode:
             raise InputError(f"the run {name} failed: see above")
-        end = finished(path, config)
+        end = show.read_log(path)[-1]
         print(f"{name}: {reached(end):.4f}", file=sys.stderr)
     return end
 
@@ -468,7 +468,8 @@ def traps(args):
     if device == "cpu":
         for kept in (False, True):
             speed, _ = alone(command_line(args, "hybrid", args.size), args.windows, args.seconds, kept)
-            report(f"{args.size} hybrid, freed memory {'kept' if kept else 'given back'}", f"{speed:.0f} images/s")
+            report(f"{args.size} hybrid, freed memory {'kept' if kept else 'given back'}",
+                   f"{speed:.0f} images/s" if speed else "out of memory")
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")

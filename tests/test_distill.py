@@ -221,6 +221,12 @@ def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsy
     with pytest.raises(data.InputError, match="--epochs 1 -> 2.*--teacher"):  # a quick try is no teacher
         start(tmp_path, "--epochs", "1", "--overwrite")
     start(tmp_path, "--epochs", "1", "--overwrite", "--teacher", str(path))
+    last = path.with_name("last.pt")
+    checkpoint = train.load(last)
+    checkpoint["config"]["epochs"] = 2  # as if the teacher had been resumed for more epochs, and stopped
+    torch.save(checkpoint | dict(step=checkpoint["step"] - 1), last)
+    start(tmp_path, "--epochs", "1", "--overwrite")
+    assert train.load(path)["step"] == 2 * checkpoint["step"]
 
 
 def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fewer_shapes):

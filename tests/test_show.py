@@ -151,7 +151,8 @@ def test_curves(tmp_path, monkeypatch, runs):
     (["predict", "none.jpg", "--model", "MODEL"], "none.jpg"), (["attention"], "no model.pt"),
     (["confusion", "--model", "gone.pt"], "gone.pt"), (["curves", "gone"], "gone|matplotlib"),
     (["augment", "--out", "gone/x.png"], "gone/x.png"), (["augment", "--out", "x"], ".png"),
-    (["augment", "--out", "x.foo"], ".png"), (["augment", "--dataset", "shapes", "--out", "/sys/x.png"], "/sys/x.png"),
+    (["augment", "--dataset", "shapes", "--out", "x.foo"], "unknown file extension"),
+    (["augment", "--dataset", "shapes", "--out", "/sys/x.png"], "/sys/x.png"),
     (["confusion", "--model", "MODEL", "--dataset", "folder", "--data-dir", "FOLDER"], "other classes")])
 def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, runs, arguments, words):
     for name in ("cat", "dog"):

@@ -92,7 +92,7 @@ def test_a_config_from_python_is_checked_as_the_command_line_is(field, value):
     (["--model", "resnet18", "--dim", "8"], "--dim"), (["--batch-size", "100000"], "--batch-size"),
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
-    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--optimizer muon"), 
+    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--muon-lr means nothing"),
     (["--warmup", "inf"], "--warmup"), (["--gamma-init", "inf"], "--gamma-init"),
     (["--seed", "10000000000000000000"], "--seed"),
     (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
@@ -371,13 +371,21 @@ def test_fp16_leads_to_the_weights_that_float32_leads_to(tmp_path):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 def test_the_memory_of_a_step_is_kept_for_the_next():
-    train.keep_memory()
-    faults = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(16_000_000)  # 64 MB, 15,625 pages of 4 KB
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert faults[-1] < 500
+    """A process of its own counts the page faults of 64 MB (15,625 pages of 4 KB), before and after."""
+    code = """if True:
+        import resource, torch, train
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(16_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(min(faults() for _ in range(3)))
+        train.use_fast_kernels()
+        print(min(faults() for _ in range(3)))"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, result.stdout.split())
+    if before < 1000:
+        pytest.skip("this system's pages are large, or their faults are not counted")
+    assert after < before / 10
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
@@ -460,7 +468,7 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
         assert f"has had its 2 epochs already, test accuracy {accuracy:.4f}" in capsys.readouterr().out
     path = tmp_path / "f" / "model.pt"
     content = train.load(path)
-    torch.save(dict(content, step=40, state_dict={}), path)  # as if the end had come between last.pt and model.pt
+    torch.save(dict(content, step=8, state_dict={}), path)  # as if the end had come between last.pt and model.pt
     assert run(tmp_path, *flags, "--resume")[0] == accuracy
     assert same(train.load(path), content)
 
