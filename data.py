@@ -445,9 +445,8 @@ def trivial_augment(images, probability):
 
     images float (B, 3, S, S), 0 to 1 -> the same. The operations and their ranges are the paper's ("wide"), except
     that strengths are not rounded to 31 levels, and that an image is shifted by at most half its side, not by all of
-    it. Moved pixels are interpolated. All operations are computed for the whole
-    batch and each image takes its own: to gather the images that drew one, the host would have to wait for the device
-    to count them.
+    it. Moved pixels are interpolated. All operations are computed for the whole batch and each image takes its own: to
+    gather the images that drew one, the host would have to wait for the device to count them.
     """
     B, C, S, _ = images.shape
     op = torch.randint(len(TRIVIAL_OPS), (B, 1, 1, 1), device=images.device)  # (B, 1, 1, 1)

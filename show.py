@@ -36,6 +36,15 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
+def write(save, path):
+    """Let `save` write the picture, and say so. InputError if it cannot."""
+    try:
+        save(path)
+    except (OSError, ValueError) as error:  # ValueError: of a kind that it does not know
+        raise InputError(f"cannot write {path} ({error}): name another picture, as x.png, with --out") from None
+    print(path)
+
+
 def save_grid(rows, titles, captions, path, scale=3):
     """Write a PNG: rows of pictures, float (n, 3, S, S), 0 to 1, a title for each row, a caption for each picture."""
     S, left, below = IMAGE_SIZE * scale, 120, 24
@@ -49,15 +58,6 @@ def save_grid(rows, titles, captions, path, scale=3):
             canvas.paste(picture, corner)
             draw.text((corner[0], corner[1] + S), captions[r][i], fill="black", spacing=0, font_size=10)
     write(canvas.save, path)
-
-
-def write(save, path):
-    """Let `save` write the picture, and say so. InputError if it cannot."""
-    try:
-        save(path)
-    except (OSError, ValueError) as error:  # ValueError: of a kind that it does not know
-        raise InputError(f"cannot write {path} ({error}): name another picture, as x.png, with --out") from None
-    print(path)
 
 
 def augment(args):

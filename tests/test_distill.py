@@ -247,6 +247,7 @@ def a_model(path, dataset, **options):
 
 
 def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp_path, teacher, capsys):
+    (tmp_path / "a").mkdir()
     start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "a", "--resume")
     assert (tmp_path / "a" / "model.pt").exists() and "starts from the beginning" in capsys.readouterr().out
     with pytest.raises(data.InputError, match="no .*last.pt"):  # without a teacher there was nothing to wait for

@@ -502,6 +502,7 @@ def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, si
     assert train.choose_compile(config("--size", size, "--epochs", "10")) == compiled
     assert not train.choose_compile(config("--size", size, "--epochs", "9"))  # too short to win the time back
     assert not train.choose_compile(chosen, images=4000) and not train.choose_compile(chosen, processes=2)
+    assert train.choose_amp(config("--size", size, "--optimizer", "adamw")) == ("bf16" if bf16 else "fp16")
 
 
 def test_several_processes_are_not_compiled():
