@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import train
+from checkpoint import FREE_FIELDS, differences, load, load_model, run_folder
+from config import option
 from data import InputError, entropy, test_batches
-from train import evaluate, load_model, make_autocast, option
+from train import evaluate, make_autocast
 
 
 @dataclass
@@ -107,12 +109,12 @@ def train_teacher(config, dataset):
     path, last = os.path.join(folder, "model.pt"), os.path.join(folder, "last.pt")
     trained = os.path.exists(path)
     if trained and os.path.exists(last):
-        checkpoint = train.load(last)
-        differ = train.differences(checkpoint.get("config", {}), teacher, {"amp", *train.FREE_FIELDS} - {"epochs"})
+        checkpoint = load(last)
+        differ = differences(checkpoint.get("config", {}), teacher, {"amp", *FREE_FIELDS} - {"epochs"})
         if differ:
             raise InputError(f"{path} was not trained by its preset ({differ}): name it with --teacher to take it all "
                              f"the same, or move {folder} away")
-        trained = train.load(path).get("step") in (None, checkpoint.get("step"))  # else the run went on and was stopped
+        trained = load(path).get("step") in (None, checkpoint.get("step"))  # else the run went on and was stopped
     if not trained:
         teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume
@@ -179,7 +181,7 @@ def start(config):
         return train.run(config)
     _, processes = train.join_processes(config)
     train.use_fast_kernels()
-    folder = train.run_folder(config)  # is it free? Not to be found out after the teacher's training
+    folder = run_folder(config)  # is it free? Not to be found out after the teacher's training
     if config.resume and not os.path.exists(os.path.join(folder, "last.pt")):
         if os.path.exists(os.path.join(folder, "model.pt")):
             raise InputError(f"{folder} has no last.pt to resume from: choose another --name, or --overwrite it")
@@ -199,4 +201,4 @@ def start(config):
 
 
 if __name__ == "__main__":
-    train.main(Config, start)
+    train.main(Config, start, __doc__)

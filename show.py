@@ -27,7 +27,8 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-import train
+from checkpoint import load_model
+from config import PRESETS
 from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image, soft_targets, test_batches
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -63,7 +64,7 @@ def save_grid(rows, titles, captions, path, scale=3):
 def augment(args):
     """A row for each augmentation, and one for all of them together, as the base preset has them."""
     dataset = load_dataset(args.dataset or "auto", args.data_dir)
-    preset = train.PRESETS["vit", "base"]
+    preset = PRESETS["vit", "base"]
     images = dataset.train_images[: args.count].float() / 255  # (B, 3, S, S)
     targets = soft_targets(dataset.train_labels[: args.count], len(dataset.classes))  # (B, K)
     torch.manual_seed(args.seed)
@@ -172,14 +173,14 @@ def curves(args):
 # A trained model
 
 def load_trained(args):
-    """The model of --model, or the newest in runs/, with the rest of its file; see train.load_model."""
+    """The model of --model, or the newest in runs/, with the rest of its file; see checkpoint.load_model."""
     if not args.model:
         found = glob.glob(os.path.join("runs", "**", "model.pt"), recursive=True)
         if not found:
             raise InputError("there is no model.pt in runs/: train one, or name one with --model")
         args.model = max(found, key=os.path.getmtime)
         print(f"model {args.model}")
-    return train.load_model(args.model)
+    return load_model(args.model)
 
 
 def load_for(about, args):

@@ -4,12 +4,11 @@
     python train.py --model hybrid        90.29 +- 0.08 % (n = 5) in 337 s on two cores (AMD EPYC, bf16)
     python train.py --help                every option, with its default
 
-From top to bottom: Config and its presets, the schedule, the optimizers, evaluation, checkpoints, and `run`, the loop
-itself. A run writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt (the
-weights, and what it takes to rebuild the model).
+From top to bottom: the model, the schedule, the optimizers, precision, evaluation, and `run`, the loop itself. The
+options and presets are in config.py, what a run keeps on the disk is in checkpoint.py: runs/NAME/log.jsonl (one JSON
+object a line), last.pt (all it takes to resume) and model.pt (the weights, and what it takes to rebuild the model).
 """
 
-import argparse
 import copy
 import ctypes
 import dataclasses
@@ -23,228 +22,24 @@ import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
-import zipfile
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import DATASETS, InputError, entropy, load_dataset, test_batches, train_batches
-from model import MODELS, build_model, whiten
+from checkpoint import describe_machine, git_commit, load, load_last, open_run, peak_memory, restore, save
+from config import AUGMENTATION, Config, model_options, parse_config, resolve
+from data import InputError, entropy, load_dataset, test_batches, train_batches
+from model import build_model, whiten
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Config
-
-def option(default, help, choices=None, low=None, high=None, flag=None):
-    """A field of Config: its default (None: the preset's), its help, and the values allowed (low and high included).
-
-    The flag is the field's name, unless `flag` gives another."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high, flag=flag))
-
-
-def flag_of(field):
-    return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
-
-
-def number_or_none(text):
-    return {"none": None, "preset": "preset"}[text] if text in ("none", "preset") else float(text)
-
-
-@dataclass
-class Config:
-    """Everything that decides a run. Every field is a flag of the command line.
-
-    None, and for gamma_init "preset", stands for the preset's value where there is one.
-    """
-
-    model: str = option("vit", "what to train; tiny's resnet18 is a small network of ResNet-18's blocks",
-                        choices=tuple(MODELS))
-    size: str = option("auto", "tiny: minutes on two CPU cores; base: for a GPU; auto: base with CUDA, else tiny",
-                       choices=("auto", "tiny", "base"))
-    recipe: str = option("full", "basic: crop, flip and weight decay are all the regularisation; full: the preset's",
-                         choices=("basic", "full"))
-    encoder: str = option("explicit", "our Transformer blocks, or torch's nn.TransformerEncoder",
-                          choices=("explicit", "builtin"))
-    pool: str = option("mean", "classify the mean of the tokens, or a class token", choices=("mean", "cls"))
-    pos_init: str = option(None, "position embeddings start from small noise, or from sines and cosines of the place",
-                           choices=("noise", "sine"))
-    whiten: str = option("on", "start the first layer from the principal components of the training images",
-                         choices=("on", "off"))
-
-    dataset: str = option("auto", "auto: CIFAR-10 from --data-dir or downloaded, else shapes", choices=DATASETS)
-    data_dir: str = option(None, "where the data set lies or is downloaded to (default: $DATA_DIR, else ./data)")
-    hold_out: int = option(0, "tune on this many images split off the training set; the test set is left alone", low=0)
-
-    epochs: int = option(None, "passes over the training set", low=1)
-    batch_size: int = option(None, "images in a step", low=1)
-    optimizer: str = option(None, "adamw, or muon for the matrices and kernels inside and adamw for the rest",
-                            choices=("adamw", "muon"))
-    lr: float = option(None, "peak learning rate of AdamW; beside Muon that is for biases, norms, embeddings and the "
-                             "first and last layer", low=0)
-    muon_lr: float = option(None, "peak learning rate of Muon, scaled to match AdamW's update size", low=0)
-    momentum: float = option(None, "momentum of Muon", low=0, high=0.999)
-    weight_decay: float = option(None, "each step shrinks the weights by lr times this", low=0)
-    warmup: float = option(None, "epochs over which the learning rate rises from 0, at most a fifth of the run", low=0)
-    schedule: str = option(None, "how the learning rate falls to 0 afterwards", choices=("cosine", "linear"))
-    clip: float = option(None, "largest norm of the gradient; 0: no clipping", low=0)
-    ema: float = option(None, "decay of the weights' moving average, which is then evaluated and kept; 0: none", low=0,
-                        high=0.99999)
-
-    patch_size: int = option(None, "side of a ViT's patches, in pixels", low=1)
-    dim: int = option(None, "width of a token", low=1)
-    depth: int = option(None, "number of Transformer blocks", low=1)
-    heads: int = option(None, "number of attention heads", low=1)
-    drop_path: float = option(None, "probability that an image skips a branch of the last block; less in earlier ones",
-                              low=0, high=0.99)
-    gamma_init: float = option("preset", "start value of gamma, the learned scale of a branch; none: no gamma")
-
-    crop: int = option(None, "largest random shift of an image, in pixels", low=0, high=31)
-    trivial: float = option(None, "share of images that get one TrivialAugment operation", low=0, high=1)
-    jitter: float = option(None, "range of random brightness, contrast and saturation", low=0, high=1)
-    erasing: float = option(None, "share of images in which a random box is blanked", low=0, high=1)
-    label_smoothing: float = option(None, "probability spread over all classes", low=0, high=0.99)
-    mixup: float = option(None, "alpha of Mixup's Beta distribution; 0: off", low=0)
-    cutmix: float = option(None, "alpha of CutMix's Beta distribution; 0: off; with both on, a coin chooses one for "
-                                 "each batch", low=0)
-
-    seed: int = option(0, "random seed of the weights, the batches, the augmentation and the images held out", low=0,
-                       high=2**63 - 1)
-    device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: base runs with CUDA that see 500,000 images or more, ten "
-                                  "epochs of CIFAR-10", choices=("auto", "on", "off"))
-    name: str = option(None, "the run's folder in --out (default: made of model, size, recipe, data set, seed)")
-    out: str = option("runs", "the folder that holds the runs' folders")
-    resume: bool = option(False, "go on from the run's last.pt")
-    overwrite: bool = option(False, "replace a run of the same name")
-
-
-# How each size trains. A tiny run sees every image only a few times: it underfits, and strong regularisation would only
-# slow it down, so its full recipe is label smoothing. A base run sees every image 50 times and more, and needs all
-# there is.
-NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
-AUGMENTATION = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
-TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,
-            momentum=0.6, weight_decay=0.01, warmup=0.2, schedule="linear", clip=0.0, ema=0.0)
-BASE = dict(crop=4, trivial=0.5, jitter=0.1, erasing=0.25, label_smoothing=0.1, mixup=0.2, cutmix=1.0, epochs=50,
-            batch_size=512, optimizer="muon", lr=2e-3, muon_lr=0.005, momentum=0.95, weight_decay=0.1,
-            warmup=3.0, schedule="cosine", clip=1.0, ema=0.998)
-PRESETS = {
-    ("vit", "tiny"): dict(TINY, epochs=4, lr=2e-3, muon_lr=0.005, momentum=0.9, patch_size=4, dim=256, depth=4, heads=4,
-                          drop_path=0.0, gamma_init=1.0, pos_init="sine"),
-    ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0,
-                             pos_init="noise"),
-    ("resnet18", "tiny"): dict(TINY, epochs=5),
-    ("vit", "base"): dict(BASE, epochs=100, muon_lr=0.0025, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1,
-                          gamma_init=1.0, pos_init="sine"),
-    ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1.0, pos_init="noise"),
-    ("resnet18", "base"): BASE,
-}
-# Parts of the models that a size fixes. Layers at full resolution cost the most and, with few channels, use a CPU
-# poorly. So the tiny trunk has its stem alone there, is wide at low resolution, and ends at 4 x 4: 16 tokens.
-TINY_TRUNK = dict(widths=(32, 64, 128, 256), depths=(0, 1, 1, 1), downsample="pool", activation="gelu")
-FIXED = {("vit", "tiny"): dict(mlp_ratio=2.0), ("hybrid", "tiny"): dict(TINY_TRUNK, mlp_ratio=2.0),
-         ("resnet18", "tiny"): TINY_TRUNK}
-
-
-def parse_config(config_class=Config, argv=None):
-    """The command line as a config_class, whose fields are the flags. A mistake ends the program with one sentence."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-    description = sys.modules[config_class.__module__].__doc__
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for field in dataclasses.fields(config_class):
-        flag, kind, meta = flag_of(field), field.type, field.metadata
-        if kind is bool:
-            parser.add_argument(flag, dest=field.name, action="store_true", help=meta["help"])
-            continue
-        per_preset = {f"{model} {size}": preset[field.name] for (model, size), preset in PRESETS.items()
-                      if field.name in preset}
-        default = ("preset: " + ", ".join(f"{who} {value}" for who, value in per_preset.items()) if per_preset
-                   else field.default)
-        text = meta["help"] + (f" (default: {default})" if default is not None else "")
-        parser.add_argument(flag, dest=field.name, type=number_or_none if field.name == "gamma_init" else kind,
-                            default=field.default, choices=meta["choices"],
-                            metavar=None if meta["choices"] else kind.__name__.upper(), help=text.replace("%", "%%"))
-    return config_class(**vars(parser.parse_args(argv)))
-
-
-def model_options(config, num_classes):
-    """The keyword arguments with which build_model makes the model of a resolved config."""
-    options = dict(FIXED.get((config.model, config.size), {}), num_classes=num_classes)
-    if config.dim is not None:
-        options.update(dim=config.dim, depth=config.depth, num_heads=config.heads, drop_path=config.drop_path,
-                       gamma_init=config.gamma_init, pool=config.pool, pos_init=config.pos_init,
-                       encoder=config.encoder)
-    if config.patch_size is not None:
-        options["patch_size"] = config.patch_size
-    return options
-
-
-def resolve(config):
-    """Put the preset's values where the config has none, and check all values. InputError if one is impossible."""
-    config = copy.copy(config)
-    for field in dataclasses.fields(config):
-        choices, value = field.metadata["choices"], getattr(config, field.name)
-        if choices and value != field.default and value not in choices:
-            raise InputError(f"{flag_of(field)} must be one of {', '.join(choices)}, not {value!r}")
-    available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if config.device == "auto":
-        config.device = next(device for device, there in available.items() if there)
-    if not available[config.device]:
-        raise InputError(f"torch finds no {config.device} device here: try --device cpu")
-    if config.size == "auto":
-        config.size = "base" if config.device == "cuda" else "tiny"
-    preset = dict(PRESETS[config.model, config.size])
-    if config.recipe == "basic":
-        preset.update(NO_REGULARISATION, ema=0.0)
-        if "drop_path" in preset:
-            preset["drop_path"] = 0.0
-    if config.encoder == "builtin":
-        preset.update(drop_path=0.0, gamma_init=None)
-    foreign = {name for other in PRESETS.values() for name in other} - set(preset)  # options of other models
-    if "dim" not in preset:
-        foreign |= {"encoder", "pool"}
-    optimizer = config.optimizer or preset["optimizer"]
-    if optimizer != "muon":
-        foreign |= {"muon_lr", "momentum"}
-    for field in dataclasses.fields(config):
-        given = getattr(config, field.name) != field.default
-        if field.name in foreign:
-            if given:
-                raise InputError(f"{flag_of(field)} means nothing to a {config.model} with {optimizer}: leave it out")
-            setattr(config, field.name, None)
-        elif field.name in preset and not given:
-            setattr(config, field.name, preset[field.name])
-    for field in dataclasses.fields(config):
-        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag_of(field)} must be a finite number, not {value}")
-        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
-            raise InputError(f"{flag_of(field)} must be {'at least' if high is None else 'from'} {low}"
-                             f"{'' if high is None else f' to {high}'}, not {value}")
-    if not config.name:
-        config.name = f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
-        config.name += f"-hold-out-{config.hold_out}" if config.hold_out else ""
-    try:
-        with torch.device("meta"):  # without memory or time: only to see whether the sizes fit together
-            build_model(config.model, **model_options(config, num_classes=10))
-    except ValueError as error:
-        raise InputError(f"{error} (--help lists the flags)") from None
-    return config
-
+# The model
 
 def make_model(config, dataset):
     """The model of a resolved config, on the CPU. Its weights depend on the seed and the training images alone."""
@@ -477,179 +272,7 @@ def evaluate(model, dataset, batch_size, autocast):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-def save(content, path):
-    """torch.save that leaves either the old file or the new one, whatever happens. InputError if the disk is full."""
-    try:
-        with open(path + ".new", "wb") as file:
-            torch.save(content, file)
-            os.fsync(file.fileno())  # on the disk before the name changes, in case the power fails
-        os.replace(path + ".new", path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(path + ".new"):
-            os.remove(path + ".new")
-        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}): the disk may be full; make room, and go "
-                         "on with --resume") from None
-
-
-def load(path, device="cpu"):
-    """What `save` wrote; only tensors and plain values, never code. InputError if the file is missing or not whole."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load does not look at the check sums
-        content = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # a damaged file can raise almost anything
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project; a run starts again "
-                         "with --overwrite")
-    return content
-
-
-def load_model(path, device="cpu"):
-    """A model.pt that train.py wrote -> (the model in eval mode, the rest of the file as a dict).
-
-    The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), "step", after which
-    it was saved, and "mean" and "std", by which images scaled to 0..1 are normalised: model((images - mean) / std).
-    InputError if it is not such a file.
-    """
-    content = load(path, device)
-    try:
-        model = build_model(content["model"], **content["options"])
-        model.load_state_dict(content.pop("state_dict"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise InputError(f"{path} is not a model.pt of this project, or of another version of it") from None
-    return model.to(device).eval(), content
-
-
-def describe_machine(device):
-    """The processor or GPU, and the versions that matter, as a dict."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    threads = torch.get_num_threads()
-    return dict(machine=gpu or f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", system=platform.platform(),
-                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
-
-
-def git_commit():
-    """The commit that this code is at, with "+" after it if files were changed since, or None outside a checkout."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def peak_memory(device):
-    """The most memory that this process held so far, in bytes: the GPU's, or the process's own."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        with open("/proc/self/status") as file:  # Linux's getrusage would count in the process that started this one
-            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def wait(device):
-    """Until the device has done all that it was told to."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-# Fields in which a resumed run may differ from the one it goes on with.
-FREE_FIELDS = ("epochs", "name", "out", "device", "compile", "data_dir", "resume", "overwrite")
-
-
-def differences(was, config, free):
-    """In which fields, except the free ones, the dict of an earlier config is another than this one, as one text."""
-    return ", ".join(f"{flag_of(field)} {was.get(field.name)} -> {getattr(config, field.name)}"
-                     for field in dataclasses.fields(config)
-                     if field.name not in free and was.get(field.name) != getattr(config, field.name))
-
-
-def run_folder(config):
-    """The run's folder. InputError if it exists, and neither --resume nor --overwrite was given."""
-    folder = os.path.join(config.out, config.name)
-    if config.resume and config.overwrite:
-        raise InputError("--resume goes on with the run, --overwrite starts it again: choose one")
-    if os.path.exists(folder) and not config.resume and not config.overwrite:
-        raise InputError(f"{folder} exists already: choose another --name, or --resume or --overwrite it")
-    return folder
-
-
-def load_last(folder, device):
-    """The content of the folder's last.pt. InputError if there is none, or if it is not whole."""
-    path = os.path.join(folder, "last.pt")
-    if not os.path.exists(path):
-        raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
-    return load(path, device)
-
-
-LOCKS = {}  # the folders that this process writes to, each with the open file that the system unlocks when it ends
-
-
-def lock(folder):
-    """Keep other processes out of the folder until this one ends, however it ends. InputError if one is in there."""
-    try:
-        import fcntl  # not on Windows, where nothing is locked
-    except ImportError:
-        return
-    if os.path.realpath(folder) not in LOCKS:
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(number)
-            raise InputError(f"another run is writing to {folder}: wait, or choose another --name") from None
-        except OSError:  # a file system that cannot lock a folder, as NFS
-            os.close(number)
-            return
-        LOCKS[os.path.realpath(folder)] = number
-
-
-def open_run(config):
-    """Make the run's folder, or find it with --resume. Returns the content of last.pt, or None for a new run.
-
-    InputError if it is taken (see run_folder), if it cannot be written, if there is nothing to resume, or if the
-    resumed run would differ.
-    """
-    folder = run_folder(config)
-    if config.resume:
-        checkpoint = load_last(folder, config.device)
-        if not isinstance(checkpoint.get("config"), dict):
-            raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
-        differ = differences(checkpoint["config"], config, FREE_FIELDS)
-        if differ:
-            raise InputError(f"{folder}/last.pt has other options ({differ}): resume it with its own")
-        lock(folder)
-        return checkpoint
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock(folder)
-        for file in ("log.jsonl", "last.pt", "last.pt.new", "model.pt", "model.pt.new"):
-            if os.path.exists(os.path.join(folder, file)):
-                os.remove(os.path.join(folder, file))
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
-
+# Processes
 
 def join_processes(config):
     """(rank, number) of this process among those that torchrun started for this run; (0, 1) without torchrun."""
@@ -675,21 +298,17 @@ def load_for_all(config):
     return dataset
 
 
-def restore(checkpoint, stateful, data, folder):
-    """Put the checkpoint's states into the objects of `stateful`, by name. Returns (curves, step, speeds, seconds).
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
 
-    InputError if the run was trained on other data, or if the file is of another version of this project.
-    """
-    try:
-        if checkpoint["data"] != data:
-            raise InputError(f"{folder}/last.pt is of other data ({checkpoint['data']}): resume it with its own")
-        for name, part in stateful.items():
-            if checkpoint[name]:  # a GradScaler that was off has no state
-                part.load_state_dict(checkpoint[name])
-        return tuple(checkpoint[name] for name in ("curves", "step", "speeds", "seconds"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise InputError(f"{folder}/last.pt is of another version of this project: start again with "
-                         "--overwrite") from None
+def wait(device):
+    """Until the device has done all that it was told to."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def check_finite(losses, step, model, lr):
@@ -708,9 +327,6 @@ def check_finite(losses, step, model, lr):
     if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
         stop("a weight became infinite or nan", step - 1)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
 
 def count_steps(config, images, processes):
     """Steps of an epoch, of the run, and of its warm-up. InputError if the batch size does not fit."""
@@ -921,13 +537,13 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     return accuracy
 
 
-def main(config_class=Config, start=lambda config: run(resolve(config))):
+def main(config_class=Config, start=lambda config: run(resolve(config)), description=__doc__):
     """Run the command line. What the person can fix ends in one sentence on stderr and a non-zero exit status."""
     if "LOCAL_RANK" not in os.environ:  # torchrun ends its processes by itself, and they could not agree on a step
         signal.signal(signal.SIGINT, on_signal)
         signal.signal(signal.SIGTERM, on_signal)
     try:
-        start(parse_config(config_class))
+        start(parse_config(config_class, description=description))
         if dist.is_initialized():
             dist.destroy_process_group()
     except InputError as error:

@@ -39,8 +39,10 @@ from torchvision.transforms import v2
 
 import show
 import train
+from checkpoint import FREE_FIELDS, describe_machine, git_commit, peak_memory
+from config import AUGMENTATION, model_options, parse_config, resolve
 from data import DATASETS, InputError, load_dataset, train_batches
-from model import Attention, DropPath, build_model
+from model import MODELS, Attention, DropPath, build_model
 
 PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
 
@@ -123,7 +125,7 @@ class Ours:
         self.compiled = train.choose_compile(config)
         if self.compiled:
             train.compile_training(self.model)
-        augmentation = {name: getattr(config, name) for name in train.AUGMENTATION}
+        augmentation = {name: getattr(config, name) for name in AUGMENTATION}
         self.batches = itertools.chain.from_iterable(
             train_batches(dataset, epoch, config.batch_size, 0, **augmentation) for epoch in itertools.count())
 
@@ -209,7 +211,7 @@ class Usual:
 def torchvision_model(config, num_classes):
     """The config's ViT or ResNet-18 as torchvision has it: same shape (with a class token), same stem."""
     if config.model == "vit":
-        hidden = int(config.dim * train.model_options(config, num_classes).get("mlp_ratio", 4))
+        hidden = int(config.dim * model_options(config, num_classes).get("mlp_ratio", 4))
         return torchvision.models.VisionTransformer(32, config.patch_size, config.depth, config.heads, config.dim,
                                                     hidden, num_classes=num_classes)
     model = torchvision.models.resnet18(num_classes=num_classes)
@@ -267,7 +269,7 @@ def in_own_process(argv, windows, seconds, kept=True):
     if not kept:
         train.keep_memory = lambda: None
     train.use_fast_kernels()
-    config = train.resolve(train.parse_config(argv=argv))
+    config = resolve(parse_config(argv=argv))
     try:
         loop = Ours(config, load_dataset(config.dataset, config.data_dir).to(config.device))
         speeds, _ = compare({"": loop}, config.device, windows, seconds)
@@ -275,7 +277,7 @@ def in_own_process(argv, windows, seconds, kept=True):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         return None, None
-    return speeds[""], train.peak_memory(config.device)
+    return speeds[""], peak_memory(config.device)
 
 
 def command_line(args, model, size, *more):
@@ -296,7 +298,7 @@ def models(args):
         batch_size = args.batch_size or (None if size == args.size else 125)
         argv = command_line(args, name, size, *(["--batch-size", str(batch_size)] if batch_size else []))
         label = f"{name}, {size}"
-        config = train.resolve(train.parse_config(argv=argv))
+        config = resolve(parse_config(argv=argv))
         on_device, rate = dataset.to(config.device), matrix_rate(config)
         torch.compiler.reset()
         contestants = {label: Ours(config, on_device)}
@@ -313,7 +315,7 @@ def models(args):
         if config.device == "cuda":
             torch.cuda.empty_cache()  # for the process that measures the memory
         _, peak = alone(argv, 1, 0)
-        flops = 3 * train.count_flops(name, train.model_options(config, K), dataset.train_images.shape[1:])
+        flops = 3 * train.count_flops(name, model_options(config, K), dataset.train_images.shape[1:])
         for who, speed in speeds.items():
             own = dict(training_flops=flops, of_matrix_rate=flops * speed / rate, peak_bytes=peak, shares=shares)
             rows.append(dict(label=who, batch_size=config.batch_size, images_per_second=speed,
@@ -324,7 +326,7 @@ def models(args):
 
 def scaling(args):
     """The ViT by batch size, patch size and depth, each in a process of its own."""
-    config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size)))
+    config = resolve(parse_config(argv=command_line(args, "vit", args.size)))
     batch_sizes = (64, 256, 512, 1024, 4096) if args.device == "cuda" else (64, 250, 1000)
     points = ([("batch size", "--batch-size", value) for value in batch_sizes]
               + [("patch size", "--patch-size", value) for value in (2, 4, 8, 16)]
@@ -332,7 +334,7 @@ def scaling(args):
     rate, rows = matrix_rate(config), []
     for what, flag, value in points:
         argv = command_line(args, "vit", args.size, flag, str(value))
-        options = train.model_options(train.resolve(train.parse_config(argv=argv)), 10)
+        options = model_options(resolve(parse_config(argv=argv)), 10)
         speed, peak = alone(argv, args.windows, args.seconds)
         rows.append(dict(what=what, value=value, images_per_second=speed, peak_bytes=peak,
                          training_flops=3 * train.count_flops("vit", options, (3, 32, 32))))
@@ -347,8 +349,8 @@ def finished(path, config):
     except (InputError, ValueError):  # there is none, or it was cut off
         return None
     same = all(start["config"].get(name) == value for name, value in vars(config).items()
-               if name not in train.FREE_FIELDS or name in ("epochs", "compile"))
-    here = dict(commit=train.git_commit(), **train.describe_machine(config.device))
+               if name not in FREE_FIELDS or name in ("epochs", "compile"))
+    here = dict(commit=git_commit(), **describe_machine(config.device))
     same = same and all(start.get(name) == here[name] for name in ("commit", "machine", "torch"))
     return end if same and start["event"] == "start" and end["event"] == "end" else None
 
@@ -359,7 +361,7 @@ def trained(args, model, epochs, seed):
     path = os.path.join(args.out, name, "log.jsonl")
     argv = command_line(args, model, args.size, *shlex.split(args.flags), "--epochs", str(epochs), "--seed", str(seed),
                         "--name", name, "--out", args.out, "--overwrite")
-    config = train.resolve(train.parse_config(argv=argv))
+    config = resolve(parse_config(argv=argv))
     end = finished(path, config)
     if not end:
         if subprocess.run([sys.executable, train.__file__, *argv], stdout=subprocess.DEVNULL).returncode:
@@ -419,7 +421,7 @@ def traps(args):
     """What is known to go wrong: slow or nan attention kernels, Muon in emulated bf16, memory that is given back after
     every step, nan under max-autotune, one draw for a whole batch."""
     device, rows = args.device, []
-    config = train.resolve(train.parse_config(argv=command_line(args, "vit", args.size, "--optimizer", "muon")))
+    config = resolve(parse_config(argv=command_line(args, "vit", args.size, "--optimizer", "muon")))
     dtype = train.DTYPES[train.choose_amp(config)]
 
     def milliseconds(function):
@@ -458,7 +460,7 @@ def traps(args):
             name = kernel.name.lower() if kernel else "written out"
             report(f"attention, forward and backward, {B} x {H} x {N} x {E}: {name}"
                    f"{' (what torch takes)' if kernel == chosen else ''}", outcome)
-    model = build_model(config.model, **train.model_options(config, 10)).to(device)
+    model = build_model(config.model, **model_options(config, 10)).to(device)
     matrices, _, _ = train.split_parameters(model)
     for p in matrices:
         p.grad = torch.randn_like(p)
@@ -539,7 +541,7 @@ def main(argv=None):
     parser.add_argument("--size", choices=("tiny", "base"), help="default: base on a GPU, tiny on a CPU")
     parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto", help="as train.py's")
     parser.add_argument("--peer", choices=("torchvision",), help="measure these beside ours")
-    parser.add_argument("--models", nargs="+", choices=tuple(train.MODELS), default=list(train.MODELS))
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--batch-size", type=int, help="of the models (default: the preset's)")
     parser.add_argument("--windows", type=int, default=5, help="whose median counts (default: 5)")
     parser.add_argument("--seconds", type=float, default=5, help="length of a window, about (default: 5)")
@@ -561,10 +563,10 @@ def main(argv=None):
         os.environ.update(TORCHINDUCTOR_CACHE_DIR=empty, TRITON_CACHE_DIR=empty)
         try:
             flags = shlex.split(args.flags)
-            config = train.resolve(train.parse_config(argv=command_line(args, args.models[0], args.size, *flags)))
+            config = resolve(parse_config(argv=command_line(args, args.models[0], args.size, *flags)))
             arguments = {name: value for name, value in vars(args).items() if name not in ("data_dir", "json", "out")}
             result = dict(what=args.what, amp=train.choose_amp(config), compiled=train.choose_compile(config),
-                          commit=train.git_commit(), arguments=arguments, **train.describe_machine(args.device),
+                          commit=git_commit(), arguments=arguments, **describe_machine(args.device),
                           **dict(models=models, scaling=scaling, traps=traps, accuracy=accuracy)[args.what](args))
         except InputError as error:
             sys.exit(f"error: {error}")

@@ -12,15 +12,17 @@ import torch
 import bench
 import show
 import train
+from checkpoint import describe_machine, git_commit
+from config import model_options, parse_config, resolve
 from model import build_model
 
 
 @pytest.mark.parametrize("model", ["vit", "resnet18"])
 def test_the_peer_has_exactly_our_parameters(model):
     flags = ["--model", model, "--size", "base"] + (["--pool", "cls", "--gamma-init", "none"] if model == "vit" else [])
-    config = train.resolve(train.parse_config(argv=flags))
+    config = resolve(parse_config(argv=flags))
     count = lambda module: sum(p.numel() for p in module.parameters())
-    ours = build_model(model, **train.model_options(config, 10))
+    ours = build_model(model, **model_options(config, 10))
     peer = bench.torchvision_model(config, 10)
     assert count(ours) == count(peer)
     x = torch.randn(2, 3, 32, 32)
@@ -67,7 +69,7 @@ def test_a_step_of_the_bench_is_a_step_of_train(tmp_path, monkeypatch):
     flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--patch-size", "8", "--dim", "16",
              "--heads", "2", "--epochs", "1", "--batch-size", "500", "--mixup", "1", "--clip", "1", "--ema", "0.9",
              "--out", str(tmp_path)]
-    config = train.resolve(train.parse_config(argv=flags))
+    config = resolve(parse_config(argv=flags))
     monkeypatch.setattr(train, "lr_at", lambda *_: 1e-5)
     train.run(config, noted("train"))
     monkeypatch.setattr(train, "cross_entropy", noted("bench"))
@@ -129,8 +131,8 @@ def test_a_run_to_a_mark_is_made_once(tmp_path, capsys):
 
 
 def test_a_run_of_other_code_or_another_machine_does_not_count(tmp_path):
-    config = train.resolve(train.parse_config(argv=["--dataset", "shapes", "--device", "cpu", "--size", "tiny"]))
-    here = dict(commit=train.git_commit(), **train.describe_machine("cpu"))
+    config = resolve(parse_config(argv=["--dataset", "shapes", "--device", "cpu", "--size", "tiny"]))
+    here = dict(commit=git_commit(), **describe_machine("cpu"))
     path, end = tmp_path / "log.jsonl", dict(event="end", test_accuracy=0.5)
 
     def finished(**changed):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 import data
 import distill
 import train
+from checkpoint import load, load_model
+from config import PRESETS, parse_config, resolve
 from distill import distillation_loss
 from model import build_model
 
@@ -29,7 +31,7 @@ def logits(*shape, scale=3.0):
 
 def start(tmp_path, *flags):
     """One small distillation in this process. Returns its accuracy and its log."""
-    config = train.parse_config(distill.Config, [*SMALL, "--out", str(tmp_path), *flags])
+    config = parse_config(distill.Config, [*SMALL, "--out", str(tmp_path), *flags])
     accuracy = distill.start(config)
     name = config.name or ("control" if not config.alpha else "distill") + "-vit-tiny-full-shapes-0"
     return accuracy, [json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
@@ -48,10 +50,10 @@ def fewer_shapes():
 def teacher(tmp_path_factory, fewer_shapes):
     """The model.pt of a teacher that has learned something of the shapes."""
     folder = tmp_path_factory.mktemp("teacher")
-    config = train.parse_config(argv=["--dataset", "shapes", "--model", "resnet18", "--epochs", "3", "--batch-size",
-                                      "50", "--size", "tiny", "--device", "cpu", "--compile", "off", "--out",
-                                      str(folder), "--name", "t"])
-    assert train.run(train.resolve(config)) > 0.5
+    config = parse_config(argv=["--dataset", "shapes", "--model", "resnet18", "--epochs", "3", "--batch-size",
+                                "50", "--size", "tiny", "--device", "cpu", "--compile", "off", "--out",
+                                str(folder), "--name", "t"])
+    assert train.run(resolve(config)) > 0.5
     return folder / "t" / "model.pt"
 
 
@@ -125,8 +127,8 @@ def test_a_model_with_a_distillation_token_has_two_heads_in_training_and_their_m
 # ---- The teacher
 
 def small_config(**values):
-    config = train.parse_config(distill.Config, [*SMALL, "--amp", "off"])
-    return dataclasses.replace(train.resolve(config), **values)
+    config = parse_config(distill.Config, [*SMALL, "--amp", "off"])
+    return dataclasses.replace(resolve(config), **values)
 
 
 def test_the_teacher_sees_the_students_batch_and_stays_as_it_was(teacher, fewer_shapes):
@@ -167,12 +169,12 @@ def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_
         model.register_forward_hook(lambda module, inputs, out: out[torch.randperm(len(out))])
         return model
     load_teacher, accuracy = distill.load_teacher, []
-    for load in (load_teacher, shuffled):
-        monkeypatch.setattr(distill, "load_teacher", load)
+    for loader in (load_teacher, shuffled):
+        monkeypatch.setattr(distill, "load_teacher", loader)
         flags = ["--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--student", "hybrid",
                  "--batch-size", "25", "--epochs", "1", "--alpha", "1", "--teacher", str(teacher), "--overwrite",
                  "--out", str(tmp_path)]
-        accuracy.append(distill.start(train.parse_config(distill.Config, flags)))
+        accuracy.append(distill.start(parse_config(distill.Config, flags)))
     assert accuracy[0] > accuracy[1] + 0.2
 
 
@@ -181,7 +183,7 @@ def test_a_teacher_whose_answers_are_shuffled_teaches_worse_than_a_true_one(tmp_
 def test_alpha_0_is_train_py_to_the_bit(tmp_path):
     flags = ["--epochs", "2", "--drop-path", "0.2", "--mixup", "1", "--cutmix", "1", "--out", str(tmp_path)]
     start(tmp_path, *flags, "--alpha", "0")
-    train.run(train.resolve(train.parse_config(argv=["--model", "vit", *SMALL, *flags])))
+    train.run(resolve(parse_config(argv=["--model", "vit", *SMALL, *flags])))
     ours, theirs = (torch.load(tmp_path / name / "last.pt") for name in
                     ("control-vit-tiny-full-shapes-0", "vit-tiny-full-shapes-0"))
     for key in ("model", "averaged"):
@@ -204,36 +206,36 @@ def test_a_run_logs_the_teacher_and_the_parts_of_the_loss(tmp_path, teacher, cap
 @pytest.mark.parametrize("flags", [["--hard"], ["--distill-token"], ["--hard", "--distill-token"]])
 def test_the_other_ways_to_listen_run_and_their_models_load(tmp_path, teacher, flags):
     start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "a", *flags)
-    model, about = train.load_model(tmp_path / "a" / "model.pt")
+    model, about = load_model(tmp_path / "a" / "model.pt")
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     assert (about["options"]["pool"] == "distill") == ("--distill-token" in flags)
 
 
 def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.PRESETS, ("resnet18", "tiny"), dict(train.PRESETS["resnet18", "tiny"], epochs=1))
+    monkeypatch.setitem(PRESETS, ("resnet18", "tiny"), dict(PRESETS["resnet18", "tiny"], epochs=1))
     start(tmp_path, "--epochs", "1")
     path = tmp_path / "resnet18-tiny-full-shapes-0" / "model.pt"
     written = path.stat().st_mtime_ns
     assert capsys.readouterr().out.count("train loss") == 2
     start(tmp_path, "--epochs", "1", "--overwrite")
     assert capsys.readouterr().out.count("train loss") == 1 and path.stat().st_mtime_ns == written
-    monkeypatch.setitem(train.PRESETS, ("resnet18", "tiny"), dict(train.PRESETS["resnet18", "tiny"], epochs=2))
+    monkeypatch.setitem(PRESETS, ("resnet18", "tiny"), dict(PRESETS["resnet18", "tiny"], epochs=2))
     with pytest.raises(data.InputError, match="--epochs 1 -> 2.*--teacher"):  # a quick try is no teacher
         start(tmp_path, "--epochs", "1", "--overwrite")
     start(tmp_path, "--epochs", "1", "--overwrite", "--teacher", str(path))
     last = path.with_name("last.pt")
-    checkpoint = train.load(last)
+    checkpoint = load(last)
     checkpoint["config"]["epochs"] = 2  # as if the teacher had been resumed for more epochs, and stopped
     torch.save(checkpoint | dict(step=checkpoint["step"] - 1), last)
     start(tmp_path, "--epochs", "1", "--overwrite")
-    assert train.load(path)["step"] == 2 * checkpoint["step"]
+    assert load(path)["step"] == 2 * checkpoint["step"]
 
 
 def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fewer_shapes):
     made = []
     monkeypatch.setattr(train, "run", lambda config, **_: made.append(config))
     flags = [*SMALL, "--seed", "3", "--hold-out", "100", "--out", str(tmp_path)]
-    path = distill.train_teacher(distill.resolve(train.parse_config(distill.Config, flags)), fewer_shapes)
+    path = distill.train_teacher(distill.resolve(parse_config(distill.Config, flags)), fewer_shapes)
     assert path == str(tmp_path / "resnet18-tiny-full-shapes-3-hold-out-100" / "model.pt")
     assert (made[0].model, made[0].seed, made[0].hold_out) == ("resnet18", 3, 100)
 
@@ -259,7 +261,7 @@ def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp
 def test_a_teacher_teaches_on_a_gpu(tmp_path, teacher, flags):
     argv = ["--dataset", "shapes", "--size", "tiny", "--device", "cuda", "--epochs", "2", "--teacher", str(teacher),
             "--out", str(tmp_path), "--name", "g", *flags]
-    distill.start(train.parse_config(distill.Config, argv))
+    distill.start(parse_config(distill.Config, argv))
     epochs = [line for line in map(json.loads, open(tmp_path / "g" / "log.jsonl")) if line["event"] == "epoch"]
     assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
 

@@ -1,5 +1,6 @@
 """README.md and results/README.md: their commands parse, their files exist, their numbers are those of the logs."""
 
+import ast
 import json
 import re
 import shlex
@@ -12,6 +13,8 @@ import bench
 import distill
 import show
 import train
+from checkpoint import save
+from config import FIXED, PRESETS, parse_config, resolve
 from model import build_model
 
 ROOT = Path(train.__file__).parent
@@ -25,7 +28,7 @@ def test_every_command_is_valid():
     for script, flags in commands:
         if "--help" not in flags and "..." not in flags:
             config_class = train.Config if script == "train" else distill.Config
-            train.resolve(train.parse_config(config_class, shlex.split(flags)))
+            resolve(parse_config(config_class, shlex.split(flags)))
 
 
 def test_every_file_that_is_named_exists():
@@ -33,12 +36,22 @@ def test_every_file_that_is_named_exists():
         assert name in ("log.jsonl",) or (ROOT / name).exists(), name
 
 
+def test_each_file_imports_only_from_those_above_it_in_the_table():
+    files = re.findall(r"^\| `(\w+)\.py` \|", README, re.MULTILINE)
+    assert {f"{file}.py" for file in files} == {path.name for path in ROOT.glob("*.py")}
+    for i, file in enumerate(files):
+        nodes = list(ast.walk(ast.parse((ROOT / f"{file}.py").read_text())))
+        imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        assert not imported & set(files[i:]), file
+
+
 def test_the_table_of_sizes_is_that_of_the_presets():
     rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in README.splitlines())
             if len(cells) == 8}
-    for (model, size), preset in train.PRESETS.items():
+    for (model, size), preset in PRESETS.items():
         shape, _, _, optimizer, batch_size, epochs, augmentation = rows[f"{model}, {size}"]
-        options = train.FIXED.get((model, size), {})
+        options = FIXED.get((model, size), {})
         if "dim" in preset:
             hidden = int(preset["dim"] * options.get("mlp_ratio", 4))
             assert shape == f"{preset['dim']}, {preset['depth']}, {preset['heads']}, {hidden}"
@@ -61,7 +74,7 @@ def test_every_log_is_of_the_presets_as_they_are_now():
         changes = {change: command for change, (_, command) in show.planned(size, "ABLATIONS").items()}
         script, *flags = (show.planned(size) | changes)[name].split()
         program = distill if script == "distill.py" else train
-        now = program.resolve(train.parse_config(program.Config, [*flags, "--size", size, "--seed", seed]))
+        now = program.resolve(parse_config(program.Config, [*flags, "--size", size, "--seed", seed]))
         free = ("device", "name", "out", "data_dir", "dataset", "overwrite", "resume", "teacher")
         free += ("muon_lr", "momentum") if now.optimizer == "adamw" else ()
         for field, value in vars(now).items():
@@ -86,8 +99,8 @@ def test_the_python_runs_as_shown(tmp_path, monkeypatch, capsys):
     options = dict(dim=16, depth=1, num_heads=2)
     model, folder = build_model("vit", **options), tmp_path / "runs" / "hybrid-tiny-full-auto-0"
     folder.mkdir(parents=True)
-    train.save(dict(model="vit", options=options, classes=list("abcdefghij"), mean=torch.zeros(3, 1, 1),
-                    std=torch.ones(3, 1, 1), state_dict=model.state_dict()), str(folder / "model.pt"))
+    save(dict(model="vit", options=options, classes=list("abcdefghij"), mean=torch.zeros(3, 1, 1),
+              std=torch.ones(3, 1, 1), state_dict=model.state_dict()), str(folder / "model.pt"))
     monkeypatch.chdir(tmp_path)
     pieces = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     for code in pieces:

@@ -23,6 +23,8 @@ from torch._dynamo.utils import counters
 import data
 import distill
 import train
+from checkpoint import load, load_model, lock
+from config import parse_config, resolve
 
 ROOT = Path(train.__file__).parent
 SMALL = ["--dataset", "shapes", "--model", "vit", "--size", "tiny", "--device", "cpu", "--patch-size", "16",
@@ -41,7 +43,7 @@ def few(monkeypatch):
 
 
 def config(tmp_path, *flags):
-    return train.resolve(train.parse_config(argv=[*SMALL, "--out", str(tmp_path), "--name", "a", *flags]))
+    return resolve(parse_config(argv=[*SMALL, "--out", str(tmp_path), "--name", "a", *flags]))
 
 
 # ---- Kills
@@ -51,9 +53,11 @@ import os, random, signal, sys, time
 import torch, torch.utils.flop_counter
 torch.set_num_threads(1)  # without a pool of threads, forking is safe
 import data, train
+from checkpoint import load
+from config import parse_config, resolve
 few = data.load_shapes(400, 100)
 train.load_dataset = lambda *_: few
-config = train.resolve(train.parse_config(argv=sys.argv[1:]))
+config = resolve(parse_config(argv=sys.argv[1:]))
 last = os.path.join(config.out, config.name, "last.pt")
 random.seed(0)
 step = 0
@@ -70,7 +74,7 @@ for kill in range(50):
     time.sleep(random.uniform(0.05, 0.8))
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL, "it ended by itself"
-    content = train.load(last)
+    content = load(last)
     assert content["step"] >= step and all(p.isfinite().all() for p in content["model"].values())
     step = content["step"]
 print("step", step)
@@ -105,7 +109,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, few, script, amp, comp
     if script == "distill":
         train.run(config(tmp_path, "--name", "teacher", "--epochs", "1", "--batch-size", "100"))
         flags += ["--teacher", str(tmp_path / "teacher" / "model.pt")]
-    command = dict(train=lambda c, loss: train.run(train.resolve(c), loss), distill=distill_with)[script]
+    command = dict(train=lambda c, loss: train.run(resolve(c), loss), distill=distill_with)[script]
 
     def go(name, *more, stop=None):
         steps = []
@@ -116,7 +120,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, few, script, amp, comp
                 train.stopped_by.append(2)
             return train.cross_entropy(*batch)
         argv = [a if a != "--model" or script == "train" else "--student" for a in [*flags, "--name", name, *more]]
-        command(train.parse_config({"train": train, "distill": distill}[script].Config, argv), loss)
+        command(parse_config({"train": train, "distill": distill}[script].Config, argv), loss)
 
     with pytest.MonkeyPatch.context() as patch:
         go("whole")
@@ -126,9 +130,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path, few, script, amp, comp
                 go("cut", *first, stop=stop)
             assert end.value.code == 130
         patch.setattr(train, "stopped_by", [])
-        assert train.load(tmp_path / "cut" / "last.pt")["step"] == 10
+        assert load(tmp_path / "cut" / "last.pt")["step"] == 10
         go("cut", "--resume")
-    same_bits(*(train.load(tmp_path / name / "last.pt") for name in ("whole", "cut")))
+    same_bits(*(load(tmp_path / name / "last.pt") for name in ("whole", "cut")))
     assert bool(counters["stats"]["unique_graphs"]) == (compiled == "on")
 
 
@@ -156,9 +160,9 @@ def test_compiled_and_eager_runs_go_on_with_each_other(tmp_path, few):
     for name, first, second in (("a", "on", "off"), ("b", "off", "on"), ("c", "off", "off")):
         flags = ["--name", name, "--batch-size", "50"]
         train.run(config(tmp_path, *flags, "--epochs", "2", "--compile", first))
-        ends[name, 2] = train.load(tmp_path / name / "last.pt")
+        ends[name, 2] = load(tmp_path / name / "last.pt")
         train.run(config(tmp_path, *flags, "--epochs", "3", "--compile", second, "--resume"))
-        ends[name, 3] = train.load(tmp_path / name / "last.pt")
+        ends[name, 3] = load(tmp_path / name / "last.pt")
     for name in "ab":
         same_within(ends[name, 3], ends["c", 3], 2e-3)
     with pytest.raises(AssertionError):  # one epoch moves the weights by far more
@@ -172,21 +176,21 @@ def test_a_run_moves_from_the_cpu_to_the_gpu_and_back(tmp_path, few, monkeypatch
         for name in ("stays", "moves"):
             train.run(config(tmp_path, "--name", name, "--batch-size", "50", "--ema", "0.9", "--epochs", str(epochs),
                              "--device", device if name == "moves" else "cpu", *(["--resume"] if epochs > 1 else [])))
-    same_within(*(train.load(tmp_path / name / "last.pt") for name in ("stays", "moves")), 1e-2)
+    same_within(*(load(tmp_path / name / "last.pt") for name in ("stays", "moves")), 1e-2)
 
 
 # ---- Signals
 
 SLOW = """
 import os, time
-import data, train
+import config, data, train
 few = data.load_shapes(400, 100)
 train.load_dataset = lambda *_: few
 def slow(*batch):
     print("a step", flush=True)
     time.sleep(float(os.environ["STEP_SECONDS"]))
     return train.cross_entropy(*batch)
-train.main(start=lambda config: train.run(train.resolve(config), slow))
+train.main(start=lambda c: train.run(config.resolve(c), slow))
 """
 
 
@@ -279,7 +283,7 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(tmp_path, few, capsys):
                 if name == "last.pt":
                     train.run(config(tmp_path, "--epochs", "1", "--batch-size", "200", "--resume"))
                 else:
-                    train.load_model(path)[0](torch.zeros(1, 3, 32, 32))
+                    load_model(path)[0](torch.zeros(1, 3, 32, 32))
             except data.InputError as error:
                 assert "\n" not in str(error) and name in str(error)
                 refused += 1
@@ -324,14 +328,14 @@ def test_a_damaged_batch_of_cifar_is_named(tmp_path):
 # ---- One run a folder
 
 def test_a_second_run_of_the_same_name_is_refused_and_a_crash_leaves_no_lock(tmp_path):
-    code = "import sys, time, train; train.lock(sys.argv[1]); print('locked', flush=True); time.sleep(60)"
+    code = "import sys, time, checkpoint; checkpoint.lock(sys.argv[1]); print('locked', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(data.InputError, match="another run"):
-        train.lock(tmp_path)
+        lock(tmp_path)
     other.kill(), other.wait()
-    train.lock(tmp_path)
-    train.lock(tmp_path)  # again, by the same process
+    lock(tmp_path)
+    lock(tmp_path)  # again, by the same process
 
 
 # ---- Several processes
@@ -350,7 +354,7 @@ def test_two_processes_train_as_one_does(tmp_path):
             assert b["train_loss"] == pytest.approx(a["train_loss"], abs=2e-5)
             assert b["loss_floor"] == pytest.approx(a["loss_floor"], abs=1e-5)
     assert two.stdout.count("test accuracy") == 1
-    weights = [train.load(tmp_path / name / "model.pt")["state_dict"] for name in "12"]
+    weights = [load(tmp_path / name / "model.pt")["state_dict"] for name in "12"]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, atol=1e-3, rtol=1e-2)
 
@@ -377,14 +381,14 @@ def test_saving_takes_one_percent_of_the_time_however_short_the_epochs(tmp_path,
 
 MEMORY = """
 import sys
-import data, train
+import checkpoint, config, data, train
 few = data.load_shapes(400, 100)
 train.load_dataset = lambda *_: few
 peaks = []
 def watch(*batch):
-    peaks.append(train.peak_memory("cpu"))
+    peaks.append(checkpoint.peak_memory("cpu"))
     return train.cross_entropy(*batch)
-train.run(train.resolve(train.parse_config(argv=sys.argv[1:])), watch)
+train.run(config.resolve(config.parse_config(argv=sys.argv[1:])), watch)
 steps = len(peaks) // 300
 print("grown", peaks[-1] / peaks[10 * steps])
 """

@@ -14,6 +14,8 @@ from PIL import Image
 import data
 import show
 import train
+from checkpoint import load_model
+from config import parse_config, resolve
 
 ROOT = Path(train.__file__).parent
 
@@ -31,7 +33,7 @@ def runs(tmp_path_factory):
     for name, flags in (("vit", ["--patch-size", "8", "--heads", "2", "--pool", "cls"]), ("hybrid", ["--heads", "2"])):
         argv = ["--model", name, "--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--epochs", "1",
                 "--dim", "16", "--compile", "off", "--depth", "2", "--out", str(folder), "--name", name, *flags]
-        train.run(train.resolve(train.parse_config(argv=argv)))
+        train.run(resolve(parse_config(argv=argv)))
     return folder
 
 
@@ -65,7 +67,7 @@ def test_attention_lights_the_patch_that_is_looked_at(tmp_path, monkeypatch, run
 
 
 def test_attention_weights_are_those_of_the_forward_pass(runs):
-    model, _ = train.load_model(runs / "vit" / "model.pt")
+    model, _ = load_model(runs / "vit" / "model.pt")
     images = torch.randn(3, 3, 32, 32)
     weights = show.attention_weights(model, images)
     assert weights.shape == (2, 3, 2, 17, 17)
@@ -98,7 +100,7 @@ def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
     path = runs / "hybrid" / "model.pt"
     call(monkeypatch, tmp_path, "confusion", "--model", path)  # the model knows that it is of shapes
     out = capsys.readouterr().out
-    model, about = train.load_model(path)
+    model, about = load_model(path)
     shapes = data.load_dataset("shapes")
     images = (shapes.test_images.float() / 255 - about["mean"]) / about["std"]
     with torch.no_grad():
@@ -135,7 +137,7 @@ def test_predict_says_what_the_model_says(tmp_path, monkeypatch, runs, capsys):
     image, path = data.load_dataset("shapes").test_images[0], runs / "hybrid" / "model.pt"
     show.to_pil_image(image).save(tmp_path / "s.png")
     call(monkeypatch, tmp_path, "predict", "--model", path, "s.png")
-    model, about = train.load_model(path)
+    model, about = load_model(path)
     best = model((image[None] / 255 - about["mean"]) / about["std"])[0].softmax(dim=0).topk(3)
     assert capsys.readouterr().out == "s.png: " + ", ".join(
         f"{about['classes'][k]} {share:.1%}" for share, k in zip(best.values.tolist(), best.indices.tolist())) + "\n"
@@ -251,7 +253,7 @@ def test_every_row_is_a_command_that_parses_and_every_ablation_changes_its_base(
     def config(command):
         script, *flags = command.split()
         config_class = {"train.py": train.Config, "distill.py": distill.Config}[script]
-        settings = train.resolve(train.parse_config(config_class, [*flags, "--size", size]))
+        settings = resolve(parse_config(config_class, [*flags, "--size", size]))
         return {key: value for key, value in vars(settings).items() if key != "name"}
     rows, changes = show.planned(size), show.planned(size, "ABLATIONS")
     commands = rows | {name: command for name, (_, command) in changes.items()}

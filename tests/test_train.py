@@ -20,6 +20,8 @@ from torch import nn
 import data
 import distill
 import train
+from checkpoint import load, load_model
+from config import AUGMENTATION, PRESETS, flag_of, model_options, parse_config, resolve
 from model import build_model
 
 ROOT = Path(train.__file__).parent
@@ -28,7 +30,7 @@ SMALL = ["--dataset", "shapes", "--model", "vit", "--patch-size", "8", "--dim", 
 
 
 def config(*flags):
-    return train.resolve(train.parse_config(argv=list(flags)))
+    return resolve(parse_config(argv=list(flags)))
 
 
 def run(tmp_path, *flags):
@@ -58,18 +60,19 @@ def same(a, b):
 @pytest.mark.parametrize("config_class", [train.Config, distill.Config])
 def test_every_field_is_a_flag_with_help_and_is_read(config_class, capsys):
     with pytest.raises(SystemExit):
-        train.parse_config(config_class, ["--help"])
+        parse_config(config_class, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    source = "".join((ROOT / f"{file}.py").read_text() for file in {"train", config_class.__module__})
+    files = {"config", "checkpoint", "train", config_class.__module__}
+    source = "".join((ROOT / f"{file}.py").read_text() for file in files)
     for field in dataclasses.fields(config_class):
-        assert f"{train.flag_of(field)} " in text and field.metadata["help"] in text, field.name
-        read = field.name in train.AUGMENTATION or re.search(rf"\bconfig\.{field.name}\b(?! = )", source)
+        assert f"{flag_of(field)} " in text and field.metadata["help"] in text, field.name
+        read = field.name in AUGMENTATION or re.search(rf"\bconfig\.{field.name}\b(?! = )", source)
         assert read, f"nothing reads {field.name}"
 
 
 def test_presets_fill_what_the_command_line_leaves_open():
     tiny = config("--size", "tiny", "--device", "cpu", "--epochs", "7")
-    assert (tiny.epochs, tiny.dim) == (7, train.PRESETS["vit", "tiny"]["dim"])
+    assert (tiny.epochs, tiny.dim) == (7, PRESETS["vit", "tiny"]["dim"])
     assert config("--device", "cpu").size == "tiny"
     basic = config("--size", "base", "--recipe", "basic")
     assert basic.mixup == basic.cutmix == basic.label_smoothing == basic.drop_path == basic.ema == 0
@@ -82,7 +85,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
 @pytest.mark.parametrize("field, value", [("schedule", "Linear"), ("size", "small"), ("pool", "max")])
 def test_a_config_from_python_is_checked_as_the_command_line_is(field, value):
     with pytest.raises(data.InputError, match=f"--{field} must be one of .*{value}"):
-        train.resolve(train.Config(**{field: value}))
+        resolve(train.Config(**{field: value}))
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -209,7 +212,7 @@ def test_gradients_are_clipped_by_their_common_norm():
 
 def test_an_overflow_in_fp16_costs_one_optimizer_its_step_and_the_other_nothing():
     settings = config("--size", "tiny", "--device", "cpu", "--amp", "fp16", "--dim", "16")
-    model = build_model("vit", **train.model_options(settings, 10))
+    model = build_model("vit", **model_options(settings, 10))
     muon, adamw = train.make_optimizers(model, settings)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(torch.zeros(()))  # as the loss would be
@@ -233,7 +236,7 @@ def test_an_overflow_in_fp16_costs_one_optimizer_its_step_and_the_other_nothing(
 def test_every_parameter_is_in_one_group_with_its_rate_and_decay(kind):
     settings = config("--size", "tiny", "--device", "cpu", "--optimizer", kind, "--lr", "0.001", "--weight-decay",
                       "0.3", *(["--muon-lr", "0.01", "--momentum", "0.7"] if kind == "muon" else []))
-    model = build_model("vit", **train.model_options(settings, 10))
+    model = build_model("vit", **model_options(settings, 10))
     inner, outer, rest = ({*map(id, group)} for group in train.split_parameters(model))
     *muon, adamw = train.make_optimizers(model, settings)
     found = [({*map(id, group["params"])}, group["lr"], group["weight_decay"])
@@ -251,7 +254,7 @@ def test_the_first_layer_starts_whitened_unless_that_is_off(name):
     shapes, flags = data.load_shapes(500, 10), ["--size", "tiny", "--device", "cpu", "--model", name]
     on, off = (train.make_model(config(*flags, "--whiten", choice), shapes).state_dict() for choice in ("on", "off"))
     torch.manual_seed(0)
-    model = build_model(name, **train.model_options(config(*flags), 10))
+    model = build_model(name, **model_options(config(*flags), 10))
     assert same(off, model.state_dict())
     train.whiten(model.patch_embed if name == "vit" else model.trunk[0], shapes.normalise(shapes.train_images))
     assert same(on, model.state_dict()) and not same(on, off)
@@ -260,7 +263,7 @@ def test_the_first_layer_starts_whitened_unless_that_is_off(name):
 def test_flops_are_those_of_the_formula():
     L, N, d, r, K = 4, 64, 256, 2, 10
     mac = L * N * (4 + 2 * r) * d**2 + 2 * L * N**2 * d + N * 48 * d + d * K
-    options = train.model_options(config("--size", "tiny"), 10)
+    options = model_options(config("--size", "tiny"), 10)
     assert train.count_flops("vit", options, (3, 32, 32)) == pytest.approx(2 * mac, rel=0.001)
 
 
@@ -280,7 +283,7 @@ def test_a_run_learns_logs_and_keeps_a_model_that_loads(tmp_path, capsys):
         assert line["loss_floor"] == pytest.approx(floor, abs=1e-4) and line["train_loss"] > floor
     assert end["test_accuracy"] == accuracy == epochs[-1]["accuracy"] and end["peak_memory_bytes"] > 1e8
 
-    model, about = train.load_model(tmp_path / "a" / "model.pt")
+    model, about = load_model(tmp_path / "a" / "model.pt")
     shapes = data.load_dataset("shapes")
     images = (shapes.test_images.float() / 255 - about["mean"]) / about["std"]
     found = (model(images).argmax(1) == shapes.test_labels).float().mean().item()
@@ -329,7 +332,7 @@ def test_the_average_of_every_steps_weights_is_evaluated_and_kept(tmp_path, monk
     for step, state in enumerate(states):
         decay = min(0.7, (1 + step) / (10 + step))
         average = [decay * a + (1 - decay) * b for a, b in zip(average, state)]
-    kept, _ = train.load_model(tmp_path / "a" / "model.pt")
+    kept, _ = load_model(tmp_path / "a" / "model.pt")
     for found in (evaluated[-1], train.float_state(kept)):
         torch.testing.assert_close(found, average, rtol=1e-4, atol=1e-5)
     with pytest.raises(AssertionError):  # the last step's weights are others
@@ -364,7 +367,7 @@ def test_fp16_leads_to_the_weights_that_float32_leads_to(tmp_path):
     ends = []
     for amp in ("off", "fp16"):
         run(tmp_path, *flags, "--amp", amp, "--name", amp)
-        ends.append(flat(train.load(tmp_path / amp / "model.pt")["state_dict"]))
+        ends.append(flat(load(tmp_path / amp / "model.pt")["state_dict"]))
     start = flat(train.make_model(config(*SMALL, *flags), data.load_dataset("shapes")).state_dict())
     assert torch.dist(*ends) < 0.1 * torch.dist(start, ends[0])
 
@@ -394,7 +397,7 @@ def test_the_same_seed_gives_the_same_bits(tmp_path, amp):
     weights = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         run(tmp_path, "--name", name, "--seed", seed, *flags)
-        weights.append(train.load(tmp_path / name / "model.pt")["state_dict"])
+        weights.append(load(tmp_path / name / "model.pt")["state_dict"])
     assert same(weights[0], weights[1]) and not same(weights[0], weights[2])
 
 
@@ -410,13 +413,13 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_ends_with_the_same_bits(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     assert "--resume" in process.stdout.read() and process.wait() == 130
-    step = train.load(tmp_path / "cut" / "last.pt")["step"]
+    step = load(tmp_path / "cut" / "last.pt")["step"]
     assert step < 240
     refused = command_line(*flags, "--name", "cut", "--resume", "--lr", "1")
     assert refused.returncode == 1 and "--lr 0.002 -> 1.0" in refused.stderr
     resumed = command_line(*flags, "--name", "cut", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    whole, cut = (train.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    whole, cut = (load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     for key in whole.keys() - {"config", "seconds", "speeds"}:
         assert same(whole[key], cut[key]), key
     assert cut["seconds"] > 0 and len(cut["speeds"]) == 3
@@ -431,7 +434,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     settings = config(*SMALL, "--out", str(tmp_path), "--name", "nan", "--epochs", "3")  # 16 steps an epoch
     with pytest.raises(data.InputError, match="nan at step 20"):
         train.run(settings, broken)
-    checkpoint = train.load(tmp_path / "nan" / "last.pt")
+    checkpoint = load(tmp_path / "nan" / "last.pt")
     assert checkpoint["step"] == 16 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
 
 
@@ -448,9 +451,9 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     for content in (b"", whole[: len(whole) // 2], b"not a checkpoint", whole[:-100]):
         (tmp_path / "broken.pt").write_bytes(content)
         with pytest.raises(data.InputError, match="broken.pt"):
-            train.load_model(tmp_path / "broken.pt")
+            load_model(tmp_path / "broken.pt")
     with pytest.raises(data.InputError, match="last.pt"):
-        train.load_model(tmp_path / "a" / "last.pt")
+        load_model(tmp_path / "a" / "last.pt")
 
 
 def test_hold_out_is_what_is_measured_and_said(tmp_path, capsys):
@@ -467,10 +470,10 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
         assert run(tmp_path, *flags, "--resume", "--epochs", epochs) == (accuracy, log)
         assert f"has had its 2 epochs already, test accuracy {accuracy:.4f}" in capsys.readouterr().out
     path = tmp_path / "f" / "model.pt"
-    content = train.load(path)
+    content = load(path)
     torch.save(dict(content, step=8, state_dict={}), path)  # as if the end had come between last.pt and model.pt
     assert run(tmp_path, *flags, "--resume")[0] == accuracy
-    assert same(train.load(path), content)
+    assert same(load(path), content)
 
 
 def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
@@ -521,7 +524,7 @@ def test_nothing_is_compiled_after_the_first_epoch_and_checkpoints_keep_their_na
             "--batch-size", "300", "--drop-path", "0.1", "--ema", ema)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] == 1  # for training: evaluation does without
-    names = train.load(tmp_path / "3" / "last.pt")["model"].keys()
+    names = load(tmp_path / "3" / "last.pt")["model"].keys()
     assert not any("_orig_mod" in name for name in names)
 
 

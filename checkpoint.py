@@ -1,0 +1,206 @@
+"""The files of a run: its folder, its checkpoints, and what its log says of the machine.
+
+Nothing here knows how a model is trained: `run` in train.py says what is saved, and when.
+"""
+
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+import zipfile
+
+import torch
+import torchvision
+
+from config import flag_of
+from data import InputError
+from model import build_model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save(content, path):
+    """torch.save that leaves either the old file or the new one, whatever happens. InputError if the disk is full."""
+    try:
+        with open(path + ".new", "wb") as file:
+            torch.save(content, file)
+            os.fsync(file.fileno())  # on the disk before the name changes, in case the power fails
+        os.replace(path + ".new", path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(path + ".new"):
+            os.remove(path + ".new")
+        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}): the disk may be full; make room, and go "
+                         "on with --resume") from None
+
+
+def load(path, device="cpu"):
+    """What `save` wrote; only tensors and plain values, never code. InputError if the file is missing or not whole."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch.load does not look at the check sums
+        content = None if damaged else torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # a damaged file can raise almost anything
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project; a run starts again "
+                         "with --overwrite")
+    return content
+
+
+def load_model(path, device="cpu"):
+    """A model.pt that train.py wrote -> (the model in eval mode, the rest of the file as a dict).
+
+    The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), "step", after which
+    it was saved, and "mean" and "std", by which images scaled to 0..1 are normalised: model((images - mean) / std).
+    InputError if it is not such a file.
+    """
+    content = load(path, device)
+    try:
+        model = build_model(content["model"], **content["options"])
+        model.load_state_dict(content.pop("state_dict"))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise InputError(f"{path} is not a model.pt of this project, or of another version of it") from None
+    return model.to(device).eval(), content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run's folder, and going on with a run
+
+# Fields in which a resumed run may differ from the one it goes on with.
+FREE_FIELDS = ("epochs", "name", "out", "device", "compile", "data_dir", "resume", "overwrite")
+
+
+def differences(was, config, free):
+    """In which fields, except the free ones, the dict of an earlier config is another than this one, as one text."""
+    return ", ".join(f"{flag_of(field)} {was.get(field.name)} -> {getattr(config, field.name)}"
+                     for field in dataclasses.fields(config)
+                     if field.name not in free and was.get(field.name) != getattr(config, field.name))
+
+
+def run_folder(config):
+    """The run's folder. InputError if it exists, and neither --resume nor --overwrite was given."""
+    folder = os.path.join(config.out, config.name)
+    if config.resume and config.overwrite:
+        raise InputError("--resume goes on with the run, --overwrite starts it again: choose one")
+    if os.path.exists(folder) and not config.resume and not config.overwrite:
+        raise InputError(f"{folder} exists already: choose another --name, or --resume or --overwrite it")
+    return folder
+
+
+def load_last(folder, device):
+    """The content of the folder's last.pt. InputError if there is none, or if it is not whole."""
+    path = os.path.join(folder, "last.pt")
+    if not os.path.exists(path):
+        raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
+    return load(path, device)
+
+
+LOCKS = {}  # the folders that this process writes to, each with the open file that the system unlocks when it ends
+
+
+def lock(folder):
+    """Keep other processes out of the folder until this one ends, however it ends. InputError if one is in there."""
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+    except ImportError:
+        return
+    if os.path.realpath(folder) not in LOCKS:
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(number)
+            raise InputError(f"another run is writing to {folder}: wait, or choose another --name") from None
+        except OSError:  # a file system that cannot lock a folder, as NFS
+            os.close(number)
+            return
+        LOCKS[os.path.realpath(folder)] = number
+
+
+def open_run(config):
+    """Make the run's folder, or find it with --resume. Returns the content of last.pt, or None for a new run.
+
+    InputError if it is taken (see run_folder), if it cannot be written, if there is nothing to resume, or if the
+    resumed run would differ.
+    """
+    folder = run_folder(config)
+    if config.resume:
+        checkpoint = load_last(folder, config.device)
+        if not isinstance(checkpoint.get("config"), dict):
+            raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
+        differ = differences(checkpoint["config"], config, FREE_FIELDS)
+        if differ:
+            raise InputError(f"{folder}/last.pt has other options ({differ}): resume it with its own")
+        lock(folder)
+        return checkpoint
+    try:
+        os.makedirs(folder, exist_ok=True)
+        lock(folder)
+        for file in ("log.jsonl", "last.pt", "last.pt.new", "model.pt", "model.pt.new"):
+            if os.path.exists(os.path.join(folder, file)):
+                os.remove(os.path.join(folder, file))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
+
+
+def restore(checkpoint, stateful, data, folder):
+    """Put the checkpoint's states into the objects of `stateful`, by name. Returns (curves, step, speeds, seconds).
+
+    InputError if the run was trained on other data, or if the file is of another version of this project.
+    """
+    try:
+        if checkpoint["data"] != data:
+            raise InputError(f"{folder}/last.pt is of other data ({checkpoint['data']}): resume it with its own")
+        for name, part in stateful.items():
+            if checkpoint[name]:  # a GradScaler that was off has no state
+                part.load_state_dict(checkpoint[name])
+        return tuple(checkpoint[name] for name in ("curves", "step", "speeds", "seconds"))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+        raise InputError(f"{folder}/last.pt is of another version of this project: start again with "
+                         "--overwrite") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the log says of the machine
+
+def describe_machine(device):
+    """The processor or GPU, and the versions that matter, as a dict."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    threads = torch.get_num_threads()
+    return dict(machine=gpu or f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", system=platform.platform(),
+                python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
+
+
+def git_commit():
+    """The commit that this code is at, with "+" after it if files were changed since, or None outside a checkout."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory(device):
+    """The most memory that this process held so far, in bytes: the GPU's, or the process's own."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        with open("/proc/self/status") as file:  # Linux's getrusage would count in the process that started this one
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
