@@ -191,7 +191,7 @@ def git_commit():
 
 
 def peak_memory(device):
-    """The most memory that this process held so far, in bytes: the GPU's, or the process's own."""
+    """The most memory held, in bytes: on a GPU by tensors since `run` began, else by this process since it started."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:

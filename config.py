@@ -1,7 +1,7 @@
 """What decides a run: Config, whose fields are the flags of the command line, and the presets.
 
-From top to bottom: Config, the presets of each model and size, the command line, and `resolve`, which puts a preset's
-values where the command line has none and checks all of them.
+From top to bottom: Config, the presets of each model and size, the command line, `model_options`, which is what a model
+takes of a config, and `resolve`, which puts a preset's values where the command line has none and checks all of them.
 """
 
 import argparse
@@ -192,9 +192,7 @@ def resolve(config):
         config.size = "base" if config.device == "cuda" else "tiny"
     preset = dict(PRESETS[config.model, config.size])
     if config.recipe == "basic":
-        preset.update(NO_REGULARISATION, ema=0.0)
-        if "drop_path" in preset:
-            preset["drop_path"] = 0.0
+        preset.update({name: 0.0 for name in (*NO_REGULARISATION, "drop_path", "ema") if name in preset})
     if config.encoder == "builtin":
         preset.update(drop_path=0.0, gamma_init=None)
     foreign = {name for other in PRESETS.values() for name in other} - set(preset)  # options of other models
@@ -204,20 +202,20 @@ def resolve(config):
     if optimizer != "muon":
         foreign |= {"muon_lr", "momentum"}
     for field in dataclasses.fields(config):
-        given = getattr(config, field.name) != field.default
-        if field.name in foreign:
-            if given:
-                raise InputError(f"{flag_of(field)} means nothing to a {config.model} with {optimizer}: leave it out")
-            setattr(config, field.name, None)
-        elif field.name in preset and not given:
-            setattr(config, field.name, preset[field.name])
-    for field in dataclasses.fields(config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
+        if field.name in foreign:
+            if value != field.default:
+                whom = optimizer if field.name in ("muon_lr", "momentum") else f"a {config.model}"
+                raise InputError(f"{flag_of(field)} means nothing to {whom}: leave it out")
+            value = None
+        elif field.name in preset and value == field.default:
+            value = preset[field.name]
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{flag_of(field)} must be a finite number, not {value}")
-        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
-            raise InputError(f"{flag_of(field)} must be {'at least' if high is None else 'from'} {low}"
-                             f"{'' if high is None else f' to {high}'}, not {value}")
+        if value is not None and low is not None and not low <= value <= (math.inf if high is None else high):
+            allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise InputError(f"{flag_of(field)} must be {allowed}, not {value}")
+        setattr(config, field.name, value)
     if not config.name:
         config.name = f"{config.model}-{config.size}-{config.recipe}-{config.dataset}-{config.seed}"
         config.name += f"-hold-out-{config.hold_out}" if config.hold_out else ""

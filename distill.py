@@ -7,25 +7,26 @@ On two CPU cores (tiny, AMD EPYC, bf16, torch 2.14): 81.85 +- 0.33 % with the te
 On one H200 (base, bf16, torch 2.11): 95.98 % with the teacher, 94.61 % without (n = 1). Base's resnet18 is ResNet-18,
 tiny's a small network of its blocks.
 
-From top to bottom: the loss, the teacher, and the command line. The loop is train.py's own.
+From top to bottom: the options, the loss, the teacher, and the run. The loop is train.py's own.
 """
 
 import os
+import statistics
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+import config as settings
 import train
 from checkpoint import FREE_FIELDS, differences, load, load_model, run_folder
 from config import option
 from data import InputError, entropy, test_batches
-from train import evaluate, make_autocast
 
 
 @dataclass
-class Config(train.Config):
+class Config(settings.Config):
     """train.py's options, and the teacher's."""
 
     model: str = option("vit", "what to train", choices=("vit", "hybrid"), flag="student")
@@ -80,7 +81,7 @@ def make_loss(teacher, config):
     The teacher sees the very images that the student sees, cropped, coloured and mixed alike: what it says of the clean
     picture is no answer to a mixed one.
     """
-    autocast = make_autocast(config)
+    autocast = train.make_autocast(config)
 
     def loss_function(logits, targets, images):
         with torch.no_grad(), autocast:
@@ -104,7 +105,7 @@ def make_loss(teacher, config):
 def train_teacher(config, dataset):
     """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`."""
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
-    teacher = train.resolve(train.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
+    teacher = settings.resolve(settings.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
     folder = os.path.join(teacher.out, teacher.name)
     path, last = os.path.join(folder, "model.pt"), os.path.join(folder, "last.pt")
     trained = os.path.exists(path)
@@ -114,7 +115,7 @@ def train_teacher(config, dataset):
         if differ:
             raise InputError(f"{path} was not trained by its preset ({differ}): name it with --teacher to take it all "
                              f"the same, or move {folder} away")
-        trained = load(path).get("step") in (None, checkpoint.get("step"))  # else the run went on and was stopped
+        trained = load(path).get("step") == checkpoint.get("step")  # else the run went on and was stopped
     if not trained:
         teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume
@@ -149,25 +150,27 @@ def seconds_per_step(teacher, dataset, config, processes=1):
     for _ in range(7):  # two to warm up, and to compile
         train.wait(config.device)
         start = time.perf_counter()
-        with torch.no_grad(), make_autocast(config):
+        with torch.no_grad(), train.make_autocast(config):
             teacher(images)
         train.wait(config.device)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[2:])[2]
+    return statistics.median(seconds[2:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 def resolve(config):
-    """train.resolve, for the teacher's options as well. InputError if one is impossible."""
+    """config.resolve, for the teacher's options as well. InputError if one is impossible."""
     of_teacher = ("teacher", "temperature", "hard", "distill_token")
     if not config.alpha and any(getattr(config, name) != getattr(Config, name) for name in of_teacher):
         raise InputError("--alpha 0 has no teacher: leave --teacher, --temperature, --hard and --distill-token out")
     if config.distill_token and config.pool == "cls":
         raise InputError("--distill-token adds a class token too: leave --pool out")
+    if config.hard and config.temperature != Config.temperature:
+        raise InputError("--hard takes the teacher's first choice, whatever the temperature: leave --temperature out")
     given = config.name
-    config = train.resolve(config)
+    config = settings.resolve(config)
     if config.distill_token:
         config.pool = "distill"
     config.name = given or ("distill-" if config.alpha else "control-") + config.name
@@ -193,7 +196,7 @@ def start(config):
     teacher = load_teacher(path, dataset, config.device)
     if train.choose_compile(config, len(dataset.train_labels), processes):
         teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such
-    accuracy = evaluate(teacher, dataset, config.batch_size, make_autocast(config))
+    accuracy = train.evaluate(teacher, dataset, config.batch_size, train.make_autocast(config))
     seconds = seconds_per_step(teacher, dataset, config, processes)
     print(f"teacher {path}: {dataset.test_split} accuracy {accuracy:.4f}, adds {1000 * seconds:.1f} ms to a step")
     about = dict(path=path, accuracy=accuracy, seconds_per_step=seconds)

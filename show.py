@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 from checkpoint import load_model
-from config import PRESETS
+from config import AUGMENTATION, PRESETS
 from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image, soft_targets, test_batches
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -84,7 +84,8 @@ def augment(args):
         yield "erasing on all", data.random_erasing(images - mean, 1.0) + mean, targets
         yield f"Mixup {preset['mixup']}", *data.mix_up(images, targets, preset["mixup"])
         yield f"CutMix {preset['cutmix']}", *data.cut_mix(images, targets, preset["cutmix"])
-        recipe = {name: preset[name] for name in ("crop", "trivial", "jitter", "erasing", "mixup", "cutmix")}
+        # Without label smoothing: the captions show what was mixed.
+        recipe = {name: preset[name] for name in AUGMENTATION if name != "label_smoothing"}
         few = dataclasses.replace(dataset, train_images=dataset.train_images[: args.count],
                                   train_labels=dataset.train_labels[: args.count])
         batch, mixed = next(data.train_batches(few, epoch=0, batch_size=len(images), seed=args.seed, **recipe))

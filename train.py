@@ -4,9 +4,10 @@
     python train.py --model hybrid        90.29 +- 0.08 % (n = 5) in 337 s on two cores (AMD EPYC, bf16)
     python train.py --help                every option, with its default
 
-From top to bottom: the model, the schedule, the optimizers, precision, evaluation, and `run`, the loop itself. The
-options and presets are in config.py, what a run keeps on the disk is in checkpoint.py: runs/NAME/log.jsonl (one JSON
-object a line), last.pt (all it takes to resume) and model.pt (the weights, and what it takes to rebuild the model).
+From top to bottom: the model, the schedule, the optimizers, precision, evaluation, several processes, and `run`, the
+loop itself. It writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt (the
+weights, and what it takes to rebuild the model). Options and presets are in config.py; how files are written and read
+is in checkpoint.py.
 """
 
 import copy
@@ -360,7 +361,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     began = time.perf_counter()
     # What runs: data, model, precision.
     rank, processes = join_processes(config)
-    device = torch.device(config.device)
+    device = config.device
     use_fast_kernels()
     amp, autocast = choose_amp(config), make_autocast(config)
     dataset = dataset or load_for_all(config)
@@ -376,20 +377,20 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     if rank == 0:
         checkpoint = open_run(config)
     else:
-        checkpoint = load_last(folder, config.device) if config.resume else None
+        checkpoint = load_last(folder, device) if config.resume else None
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
     options = model_options(config, len(dataset.classes))
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
     model = make_model(config, dataset)
-    if processes > 1 and device.type == "cuda":  # on a CPU every process takes the statistics of its own share
+    if processes > 1 and device == "cuda":  # on a CPU every process takes the statistics of its own share
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # Convolutions are faster with the channels last in memory, on GPUs and CPUs alike.
     model = model.to(device, memory_format=torch.channels_last)
 
     optimizers = make_optimizers(model, config)
     averaged = copy.deepcopy(model) if config.ema else model  # the weights that are evaluated and kept
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    if device.type == "cuda":
+    scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if compiled:
         compile_training(model)
@@ -400,16 +401,17 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
 
     stateful = dict(model=model, averaged=averaged, scaler=scaler,
                     **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)})
-    step, speeds = 0, []
+    step, speeds, accuracy = 0, [], None
     if checkpoint:
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
         began -= seconds  # the clock goes on from where it stood
         del checkpoint  # and its copy of the weights
-        if step >= total_steps and os.path.exists(model_path) and load(model_path).get("step", step) == step:
+        if step >= total_steps:  # it has had its last epoch, and may have been stopped before it wrote model.pt
             accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
-            print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
-                  f"{accuracy:.4f}: ask for more with --epochs")
-            return accuracy
+            if os.path.exists(model_path) and load(model_path).get("step") == step:
+                print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
+                      f"{accuracy:.4f}: ask for more with --epochs")
+                return accuracy
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0
@@ -435,7 +437,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             file.write(json.dumps(dict(event=event, **values)) + "\n")
 
     parameters = sum(p.numel() for p in model.parameters())
-    machine = describe_machine(config.device)
+    machine = describe_machine(device)
     log("start" if step == 0 else "resume", step=step, command=shlex.join(["python", *sys.argv]), commit=git_commit(),
         config=dataclasses.asdict(config), data=data, parameters=parameters, forward_flops=flops, amp=amp,
         compiled=compiled, processes=processes, **machine, **about)
@@ -448,12 +450,11 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
     # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, clipping, optimizers, average.
-    accuracy = None
     first_step, first_step_seconds, training_start = step, None, time.perf_counter()
     time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - first_step))
     for epoch in range(step // steps_per_epoch, config.epochs):
         model.train()
-        epoch_start, shown = time.perf_counter(), time.perf_counter()
+        epoch_start = shown = time.perf_counter()
         done = step % steps_per_epoch  # of this epoch, more than 0 only after a resume
         batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done, **augmentation)
         for i, (images, targets) in enumerate(batches, start=done):
@@ -486,7 +487,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             step += 1
 
             if first_step_seconds is None:  # it also compiles, and cuDNN tries out its kernels
-                wait(config.device)
+                wait(device)
                 first_step_seconds = time.perf_counter() - training_start
             now = time.perf_counter()
             if i + 1 < steps_per_epoch and (stopped_by or now - last_save > 300):
@@ -518,8 +519,6 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             save_last()
 
     # The end: model.pt, and the log's last line.
-    if accuracy is None:  # resumed after its last epoch
-        accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
     if rank == 0:
         weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
         save(dict(model=config.model, options=options, dataset=dataset.name, classes=dataset.classes,
@@ -530,7 +529,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
         hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,
         training_seconds=training_seconds, first_step_seconds=first_step_seconds, images_per_second=speed,
-        peak_memory_bytes=peak_memory(config.device))
+        peak_memory_bytes=peak_memory(device))
     print(f"{note}{dataset.test_split} accuracy {accuracy:.4f} (last epoch, no TTA) in {seconds:.0f} s, {model_path}")
     if processes > 1:
         dist.barrier()  # nobody leaves before the files are written

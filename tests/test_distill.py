@@ -290,8 +290,9 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path, fewer_shapes, kind, wo
     (["--alpha", "1.1"], "--alpha"),
     (["--alpha", "-0.1"], "--alpha"), (["--student", "resnet18"], "resnet18"), (["--model", "vit"], "--model"),
     (["--alpha", "0", "--distill-token"], "--alpha 0"), (["--alpha", "0", "--teacher", "a.pt"], "--alpha 0"),
-    (["--alpha", "0", "--temperature", "4"], "--alpha 0"), (["--teacher", "nowhere.pt"], "nowhere.pt"),
-    (["--patch-size", "5"], "patch size 5"), (["--distill-token", "--pool", "cls"], "--pool"),
+    (["--alpha", "0", "--temperature", "4"], "--alpha 0"), (["--hard", "--temperature", "4"], "--temperature"),
+    (["--teacher", "nowhere.pt"], "nowhere.pt"), (["--patch-size", "5"], "patch size 5"),
+    (["--distill-token", "--pool", "cls"], "--pool"),
     (["--batch-size", "4001"], "--batch-size 4001")])
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""train.py: the command line, the schedule, the optimizers, and whole runs on the shapes data set."""
+"""config.py and train.py: the command line, the schedule, the optimizers, and whole runs on the shapes data set."""
 
 import dataclasses
 import json
@@ -92,10 +92,11 @@ def test_a_config_from_python_is_checked_as_the_command_line_is(field, value):
     (["--modle", "vit"], "--modle"), (["--model", "vgg"], "vgg"), (["--epochs", "0"], "--epochs"),
     (["--lr", "-1"], "--lr"), (["--label-smoothing", "1.5"], "--label-smoothing"), (["--epochs", "three"], "three"),
     (["--heads", "7"], "7 heads"), (["--patch-size", "5"], "patch size 5"), (["--hold-out", "7"], "7"),
-    (["--model", "resnet18", "--dim", "8"], "--dim"), (["--batch-size", "100000"], "--batch-size"),
+    (["--model", "resnet18", "--dim", "8"], "--dim means nothing to a resnet18"),
+    (["--batch-size", "100000"], "--batch-size"),
     (["--resume", "--name", "none"], "last.pt"), (["--encoder", "builtin", "--drop-path", "0.1"], "DropPath"),
     (["--data-dir", "nowhere", "--dataset", "cifar10"], "nowhere"),
-    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--muon-lr means nothing"),
+    (["--optimizer", "adamw", "--muon-lr", "0.02"], "--muon-lr means nothing to adamw"),
     (["--warmup", "inf"], "--warmup"), (["--gamma-init", "inf"], "--gamma-init"),
     (["--seed", "10000000000000000000"], "--seed"),
     (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
