@@ -195,18 +195,18 @@ def resolve(config):
         preset.update({name: 0.0 for name in (*NO_REGULARISATION, "drop_path", "ema") if name in preset})
     if config.encoder == "builtin":
         preset.update(drop_path=0.0, gamma_init=None)
-    foreign = {name for other in PRESETS.values() for name in other} - set(preset)  # options of other models
+    # Options that mean nothing here, and to whom: those of other models, and Muon's.
+    foreign = {name: f"a {config.model}" for other in PRESETS.values() for name in other if name not in preset}
     if "dim" not in preset:
-        foreign |= {"encoder", "pool"}
+        foreign |= dict.fromkeys(("encoder", "pool"), f"a {config.model}")
     optimizer = config.optimizer or preset["optimizer"]
     if optimizer != "muon":
-        foreign |= {"muon_lr", "momentum"}
+        foreign |= dict.fromkeys(("muon_lr", "momentum"), optimizer)
     for field in dataclasses.fields(config):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
         if field.name in foreign:
             if value != field.default:
-                whom = optimizer if field.name in ("muon_lr", "momentum") else f"a {config.model}"
-                raise InputError(f"{flag_of(field)} means nothing to {whom}: leave it out")
+                raise InputError(f"{flag_of(field)} means nothing to {foreign[field.name]}: leave it out")
             value = None
         elif field.name in preset and value == field.default:
             value = preset[field.name]
