@@ -35,17 +35,23 @@ def save(content, path):
                          "on with --resume") from None
 
 
-def load(path, device="cpu"):
-    """What `save` wrote; only tensors and plain values, never code. InputError if the file is missing or not whole."""
+def out_of_memory(error):
+    """Whether the error says that memory ran out: torch raises a plain RuntimeError for that of a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def load(path):
+    """What `save` wrote, on the CPU; only tensors and plain values, never code. InputError if it is not there or not
+    whole."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the check sums
-        content = None if damaged else torch.load(path, map_location=device, weights_only=True)
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote") from None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # a damaged file can raise almost anything
+    except Exception as error:  # a damaged file can raise almost anything
+        if out_of_memory(error):
+            raise
         content = None
     if not isinstance(content, dict):
         raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project; a run starts again "
@@ -60,13 +66,16 @@ def load_model(path, device="cpu"):
     it was saved, and "mean" and "std", by which images scaled to 0..1 are normalised: model((images - mean) / std).
     InputError if it is not such a file.
     """
-    content = load(path, device)
+    content = load(path)
     try:
         model = build_model(content["model"], **content["options"])
         model.load_state_dict(content.pop("state_dict"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         raise InputError(f"{path} is not a model.pt of this project, or of another version of it") from None
-    return model.to(device).eval(), content
+    about = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in content.items()}
+    return model.to(device).eval(), about
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,22 +92,20 @@ def differences(was, config, free):
                      if field.name not in free and was.get(field.name) != getattr(config, field.name))
 
 
-def run_folder(config):
-    """The run's folder. InputError if it exists, and neither --resume nor --overwrite was given."""
-    folder = os.path.join(config.out, config.name)
+def check_folder(config):
+    """InputError if the run's folder exists, and neither --resume nor --overwrite was given."""
     if config.resume and config.overwrite:
         raise InputError("--resume goes on with the run, --overwrite starts it again: choose one")
-    if os.path.exists(folder) and not config.resume and not config.overwrite:
-        raise InputError(f"{folder} exists already: choose another --name, or --resume or --overwrite it")
-    return folder
+    if os.path.exists(config.folder) and not config.resume and not config.overwrite:
+        raise InputError(f"{config.folder} exists already: choose another --name, or --resume or --overwrite it")
 
 
-def load_last(folder, device):
+def load_last(folder):
     """The content of the folder's last.pt. InputError if there is none, or if it is not whole."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
         raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
-    return load(path, device)
+    return load(path)
 
 
 LOCKS = {}  # the folders that this process writes to, each with the open file that the system unlocks when it ends
@@ -126,18 +133,24 @@ def lock(folder):
 def open_run(config):
     """Make the run's folder, or find it with --resume. Returns the content of last.pt, or None for a new run.
 
-    InputError if it is taken (see run_folder), if it cannot be written, if there is nothing to resume, or if the
+    InputError if it is taken (see check_folder), if it cannot be written, if there is nothing to resume, or if the
     resumed run would differ.
     """
-    folder = run_folder(config)
+    check_folder(config)
+    folder = config.folder
     if config.resume:
-        checkpoint = load_last(folder, config.device)
+        if os.path.isdir(folder):
+            lock(folder)  # before last.pt is read: the run that writes it may be about to end
+        checkpoint = load_last(folder)
         if not isinstance(checkpoint.get("config"), dict):
             raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
         differ = differences(checkpoint["config"], config, FREE_FIELDS)
         if differ:
             raise InputError(f"{folder}/last.pt has other options ({differ}): resume it with its own")
-        lock(folder)
+        log = os.path.join(folder, "log.jsonl")
+        if os.path.exists(log):
+            with open(log, "rb+") as file:  # a full disk or a power failure can have cut its last line off
+                file.truncate(file.read().rfind(b"\n") + 1)
         return checkpoint
     try:
         os.makedirs(folder, exist_ok=True)
@@ -147,23 +160,6 @@ def open_run(config):
                 os.remove(os.path.join(folder, file))
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): choose another --out") from None
-
-
-def restore(checkpoint, stateful, data, folder):
-    """Put the checkpoint's states into the objects of `stateful`, by name. Returns (curves, step, speeds, seconds).
-
-    InputError if the run was trained on other data, or if the file is of another version of this project.
-    """
-    try:
-        if checkpoint["data"] != data:
-            raise InputError(f"{folder}/last.pt is of other data ({checkpoint['data']}): resume it with its own")
-        for name, part in stateful.items():
-            if checkpoint[name]:  # a GradScaler that was off has no state
-                part.load_state_dict(checkpoint[name])
-        return tuple(checkpoint[name] for name in ("curves", "step", "speeds", "seconds"))
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-        raise InputError(f"{folder}/last.pt is of another version of this project: start again with "
-                         "--overwrite") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import argparse
 import copy
 import dataclasses
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,9 @@ def flag_of(field):
     return "--" + (field.metadata["flag"] or field.name).replace("_", "-")
 
 
-def number_or_none(text):
-    return {"none": None, "preset": "preset"}[text] if text in ("none", "preset") else float(text)
+def number(text):
+    """What --gamma-init takes: a number, or none. argparse also hands its default through here, "preset"."""
+    return None if text == "none" else text if text == "preset" else float(text)
 
 
 @dataclass
@@ -102,6 +104,11 @@ class Config:
     resume: bool = option(False, "go on from the run's last.pt")
     overwrite: bool = option(False, "replace a run of the same name")
 
+    @property
+    def folder(self):
+        """Where the run's files are."""
+        return os.path.join(self.out, self.name)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Presets
@@ -158,7 +165,7 @@ def parse_config(config_class=Config, argv=None, description=None):
         default = ("preset: " + ", ".join(f"{who} {value}" for who, value in per_preset.items()) if per_preset
                    else field.default)
         text = meta["help"] + (f" (default: {default})" if default is not None else "")
-        parser.add_argument(flag, dest=field.name, type=number_or_none if field.name == "gamma_init" else kind,
+        parser.add_argument(flag, dest=field.name, type=number if field.name == "gamma_init" else kind,
                             default=field.default, choices=meta["choices"],
                             metavar=None if meta["choices"] else kind.__name__.upper(), help=text.replace("%", "%%"))
     return config_class(**vars(parser.parse_args(argv)))
@@ -167,7 +174,7 @@ def parse_config(config_class=Config, argv=None, description=None):
 def model_options(config, num_classes):
     """The keyword arguments with which build_model makes the model of a resolved config."""
     options = dict(FIXED.get((config.model, config.size), {}), num_classes=num_classes)
-    if config.dim is not None:
+    if config.dim is not None:  # it has an Encoder
         options.update(dim=config.dim, depth=config.depth, num_heads=config.heads, drop_path=config.drop_path,
                        gamma_init=config.gamma_init, pool=config.pool, pos_init=config.pos_init,
                        encoder=config.encoder)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import config as settings
 import train
-from checkpoint import FREE_FIELDS, differences, load, load_model, run_folder
+from checkpoint import FREE_FIELDS, check_folder, differences, load, load_model
 from config import option
 from data import InputError, entropy, test_batches
 
@@ -90,7 +90,8 @@ def make_loss(teacher, config):
         with torch.no_grad():
             by_label, by_teacher = split_heads(logits)
             agree = (by_teacher.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
-            # Both KL and a hard label's cross-entropy can fall to 0; the labels' own cannot.
+            # KL and a hard label's cross-entropy can fall to 0, the labels' own to their entropy: all of it at once
+            # only if teacher and labels agree, or have a head each.
             parts = dict(floor=(1 - config.alpha) * entropy(targets),
                          kl=kl_divergence(by_teacher, teacher_logits, config.temperature),
                          cross_entropy=F.cross_entropy(by_label, targets), agreement=agree)
@@ -106,20 +107,19 @@ def train_teacher(config, dataset):
     """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`."""
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
     teacher = settings.resolve(settings.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
-    folder = os.path.join(teacher.out, teacher.name)
-    path, last = os.path.join(folder, "model.pt"), os.path.join(folder, "last.pt")
+    path, last = os.path.join(teacher.folder, "model.pt"), os.path.join(teacher.folder, "last.pt")
     trained = os.path.exists(path)
     if trained and os.path.exists(last):
         checkpoint = load(last)
         differ = differences(checkpoint.get("config", {}), teacher, {"amp", *FREE_FIELDS} - {"epochs"})
         if differ:
             raise InputError(f"{path} was not trained by its preset ({differ}): name it with --teacher to take it all "
-                             f"the same, or move {folder} away")
+                             f"the same, or move {teacher.folder} away")
         trained = load(path).get("step") == checkpoint.get("step")  # else the run went on and was stopped
     if not trained:
         teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume
-        print(f"first the teacher, {folder}")
+        print(f"first the teacher, {teacher.folder}")
         train.run(teacher, dataset=dataset)
         # Forget what was compiled for its batch size: for a second one torch would compile a slower program for any.
         torch.compiler.reset()
@@ -184,11 +184,13 @@ def start(config):
         return train.run(config)
     _, processes = train.join_processes(config)
     train.use_fast_kernels()
-    folder = run_folder(config)  # is it free? Not to be found out after the teacher's training
-    if config.resume and not os.path.exists(os.path.join(folder, "last.pt")):
-        if os.path.exists(os.path.join(folder, "model.pt")):
-            raise InputError(f"{folder} has no last.pt to resume from: choose another --name, or --overwrite it")
-        print(f"{folder} has no last.pt yet: the student starts from the beginning")  # its teacher was being trained
+    check_folder(config)  # is it free? Not to be found out after the teacher's training
+    if config.resume and not os.path.exists(os.path.join(config.folder, "last.pt")):
+        if os.path.exists(os.path.join(config.folder, "model.pt")):
+            raise InputError(f"{config.folder} has no last.pt to resume from: choose another --name, or --overwrite "
+                             "it")
+        # It was stopped while its teacher was being trained.
+        print(f"{config.folder} has no last.pt yet: the student starts from the beginning")
         config.resume, config.overwrite = False, True
     dataset = train.load_for_all(config)
     train.count_steps(config, len(dataset.train_labels), processes)  # does the batch size fit? For the same reason

@@ -425,8 +425,8 @@ def whiten(layer, images):
     # The strengths (C*P*P), the weakest first, and the components, the columns of (C*P*P, C*P*P).
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     if isinstance(layer, PatchEmbed):
-        # The same random mixture as before, of components of equal strength. Those with less variance than 0.01, about
-        # half of a 4 x 4 patch's, are noise and stay weaker: the tokens' variance falls from 1 to about a half.
+        # The same random mixture as before, of components of equal strength. About half of a 4 x 4 patch's components
+        # have less variance than 0.01: noise, that stays weaker. So the tokens' variance falls from 1 to about a half.
         equal = components * (variances.clamp(min=0) + 0.01) ** -0.5  # (C*P*P, C*P*P)
         layer.proj.weight.copy_(layer.proj.weight.double() @ equal.T)  # (D, C*P*P)
     else:

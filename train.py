@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from checkpoint import describe_machine, git_commit, load, load_last, open_run, peak_memory, restore, save
+from checkpoint import describe_machine, git_commit, load, load_last, open_run, out_of_memory, peak_memory, save
 from config import AUGMENTATION, Config, model_options, parse_config, resolve
 from data import InputError, entropy, load_dataset, test_batches, train_batches
 from model import build_model, whiten
@@ -42,13 +42,18 @@ from model import build_model, whiten
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 
+def first_layer(model):
+    """The layer that sees the pixels: a convolution or a PatchEmbed."""
+    return model.trunk[0] if hasattr(model, "trunk") else model.patch_embed
+
+
 def make_model(config, dataset):
     """The model of a resolved config, on the CPU. Its weights depend on the seed and the training images alone."""
     torch.manual_seed(config.seed)
     model = build_model(config.model, **model_options(config, len(dataset.classes)))
     if config.whiten == "on":  # what this gains is in the README, under "Read it"
         sample = dataset.train_images[:: max(1, len(dataset.train_images) // 5000)]
-        whiten(model.trunk[0] if hasattr(model, "trunk") else model.patch_embed, dataset.normalise(sample).cpu())
+        whiten(first_layer(model), dataset.normalise(sample).cpu())
     return model
 
 
@@ -76,10 +81,11 @@ def split_parameters(model):
     """
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))]
     matrices = [m.in_proj_weight if isinstance(m, nn.MultiheadAttention) else m.weight for m in layers]
-    ends = {id(p) for p in (matrices[0], *model.head.parameters())}  # modules() goes from the first layer to the last
+    ends = {id(p) for layer in (first_layer(model), model.head) for p in layer.parameters()}
     inner = [p for p in matrices if id(p) not in ends]
     outer = [p for p in matrices if id(p) in ends]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    known = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in known]
     return inner, outer, rest
 
 
@@ -166,6 +172,21 @@ def clip_gradients(model, largest):
     nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm.nan_to_num(nan=0.0, posinf=0.0))
 
 
+def step_optimizers(model, optimizers, scaler, clip):
+    """Clip the gradients that a backward pass has left, step along them, and forget them.
+
+    The scaler takes its factor out of them first; only in fp16 it has one. `clip`: the largest norm, or 0.
+    """
+    if clip:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        clip_gradients(model, clip)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+    model.zero_grad(set_to_none=True)  # not to zeros: the next step reuses a CUDA graph's memory
+
+
 def float_state(model):
     """The model's weights and BatchNorm statistics, as a list of tensors: what a moving average is taken of."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
@@ -174,7 +195,7 @@ def float_state(model):
 def cross_entropy(logits, targets, images):
     """The loss of a plain run. logits float32 (B, K), targets (B, K); a teacher would look at the images as well.
 
-    Returns the loss and a dict of what else to log, scalars. "floor" is among them, the least that the loss can be.
+    Returns the loss and a dict of what else to log, scalars. "floor" is among them: what the loss cannot go below.
     """
     return F.cross_entropy(logits, targets), dict(floor=entropy(targets))
 
@@ -202,14 +223,14 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """TF32 (or what comes near it) for products in float32, cuDNN's fastest convolutions, memory that is kept."""
+    """TF32 (or what comes near it) for products in float32, cuDNN's fastest convolutions, keep_memory."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     keep_memory()
 
 
 def keep_memory():
-    """Let glibc's malloc keep the memory that a step frees for the next one: for runs on a CPU.
+    """Let glibc's malloc keep the memory that a step frees for the next one: what makes a run on a CPU faster.
 
     By default every large block that is freed goes back to the system, and when the next step asks for it, it is mapped
     and zeroed again, page by page. Keeping it makes a tiny hybrid a tenth to a sixth faster (results/README.md, "Known
@@ -351,6 +372,26 @@ def on_signal(number, _):
     print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
+def restore(checkpoint, stateful, data, config):
+    """Put the states of a last.pt into the objects of `stateful`, by name. Returns (curves, step, speeds, seconds).
+
+    InputError if the run was trained on other data, or if the file is of another version of this project.
+    """
+    try:
+        if checkpoint["data"] != data:
+            raise InputError(f"{config.folder}/last.pt is of other data ({checkpoint['data']}): resume it with its own")
+        for name, part in stateful.items():
+            if checkpoint[name]:  # a GradScaler that was off has no state
+                part.load_state_dict(checkpoint[name])
+        curves = {name: curve.to(config.device) for name, curve in checkpoint["curves"].items()}
+        return curves, checkpoint["step"], checkpoint["speeds"], checkpoint["seconds"]
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
+        raise InputError(f"{config.folder}/last.pt is of another version of this project: start again with "
+                         "--overwrite") from None
+
+
 def run(config, loss_function=cross_entropy, dataset=None, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
@@ -369,15 +410,15 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     fell_back = config.dataset == "auto" and dataset.name == "shapes"
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
     data = dict(name=dataset.name, train=len(dataset.train_labels), test=len(dataset.test_labels),
-                test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back)
+                test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back,
+                mean=[round(value, 6) for value in dataset.mean.flatten().tolist()])  # that of no other images
     steps_per_epoch, total_steps, warmup_steps = count_steps(config, data["train"], processes)
     lr = lambda step, peak=config.lr: lr_at(step, total_steps, warmup_steps, peak, config.schedule)
-    folder = os.path.join(config.out, config.name)
-    model_path = os.path.join(folder, "model.pt")
+    folder, model_path = config.folder, os.path.join(config.folder, "model.pt")
     if rank == 0:
         checkpoint = open_run(config)
     else:
-        checkpoint = load_last(folder, device) if config.resume else None
+        checkpoint = load_last(folder) if config.resume else None
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
     options = model_options(config, len(dataset.classes))
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
@@ -403,12 +444,15 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                     **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)})
     step, speeds, accuracy = 0, [], None
     if checkpoint:
-        curves, step, speeds, seconds = restore(checkpoint, stateful, data, folder)
+        curves, step, speeds, seconds = restore(checkpoint, stateful, data, config)
         began -= seconds  # the clock goes on from where it stood
         del checkpoint  # and its copy of the weights
         if step >= total_steps:  # it has had its last epoch, and may have been stopped before it wrote model.pt
             accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
-            if os.path.exists(model_path) and load(model_path).get("step") == step:
+            finished = os.path.exists(model_path) and load(model_path).get("step") == step
+            if processes > 1:
+                dist.barrier()  # all have looked before the first one writes it
+            if finished:
                 print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
                       f"{accuracy:.4f}: ask for more with --epochs")
                 return accuracy
@@ -449,7 +493,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
-    # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, clipping, optimizers, average.
+    # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, optimizers, average.
     first_step, first_step_seconds, training_start = step, None, time.perf_counter()
     time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - first_step))
     for epoch in range(step // steps_per_epoch, config.epochs):
@@ -469,14 +513,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                 logits = parallel(images)  # (B, K), or (B, 2, K) with a distillation token
             loss, parts = loss_function(logits.float(), targets, images)
             scaler.scale(loss).backward()
-            if config.clip:
-                for optimizer in optimizers:
-                    scaler.unscale_(optimizer)
-                clip_gradients(model, config.clip)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
-            model.zero_grad(set_to_none=True)  # not to zeros: the next step reuses a CUDA graph's memory
+            step_optimizers(model, optimizers, scaler, config.clip)
             if averaged is not model:  # the decay rises from 0.1 to config.ema, so that the first weights are forgotten
                 decay = min(config.ema, (1 + step) / (10 + step))
                 get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
@@ -518,18 +555,18 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         if stopped_by or epoch + 1 == config.epochs or time.perf_counter() - last_save >= 100 * save_seconds:
             save_last()
 
-    # The end: model.pt, and the log's last line.
-    if rank == 0:
-        weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
-        save(dict(model=config.model, options=options, dataset=dataset.name, classes=dataset.classes,
-                  mean=dataset.mean.cpu(), std=dataset.std.cpu(), step=step, state_dict=weights), model_path)
+    # The end: the log's last line, and then model.pt, which says that the run is complete.
     seconds = time.perf_counter() - began
-    speed = statistics.median(speeds[1:] or speeds or [0.0])  # the first epoch also compiles
+    speed = statistics.median(speeds[1:] or speeds)  # the first epoch also compiles
     training_seconds = sum(steps_per_epoch * config.batch_size / s for s in speeds)  # evaluations left out
     log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
         hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,
         training_seconds=training_seconds, first_step_seconds=first_step_seconds, images_per_second=speed,
         peak_memory_bytes=peak_memory(device))
+    if rank == 0:
+        weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
+        save(dict(model=config.model, options=options, dataset=dataset.name, classes=dataset.classes,
+                  mean=dataset.mean.cpu(), std=dataset.std.cpu(), step=step, state_dict=weights), model_path)
     print(f"{note}{dataset.test_split} accuracy {accuracy:.4f} (last epoch, no TTA) in {seconds:.0f} s, {model_path}")
     if processes > 1:
         dist.barrier()  # nobody leaves before the files are written
@@ -548,8 +585,7 @@ def main(config_class=Config, start=lambda config: run(resolve(config)), descrip
     except InputError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))  # a CPU's allocator raises a RuntimeError
-        if not known and "can't allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         sys.exit("error: out of memory: lower --batch-size, or choose --size tiny")
     except OSError as error:

@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 
 import show
 import train
-from checkpoint import FREE_FIELDS, describe_machine, git_commit, peak_memory
+from checkpoint import FREE_FIELDS, describe_machine, git_commit, out_of_memory, peak_memory
 from config import AUGMENTATION, model_options, parse_config, resolve
 from data import DATASETS, InputError, load_dataset, train_batches
 from model import MODELS, Attention, DropPath, build_model
@@ -142,14 +142,7 @@ class Ours:
         mark("backward")
         self.scaler.scale(loss).backward()
         mark("optimizer")
-        if self.config.clip:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-            train.clip_gradients(self.model, self.config.clip)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        self.model.zero_grad(set_to_none=True)
+        train.step_optimizers(self.model, self.optimizers, self.scaler, self.config.clip)
         mark("EMA")
         if self.config.ema:
             get_ema_multi_avg_fn(self.config.ema)(self.averaged, self.weights, None)
@@ -273,8 +266,8 @@ def in_own_process(argv, windows, seconds, kept=True):
     try:
         loop = Ours(config, load_dataset(config.dataset, config.data_dir).to(config.device))
         speeds, _ = compare({"": loop}, config.device, windows, seconds)
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is one of these
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         return None, None
     return speeds[""], peak_memory(config.device)

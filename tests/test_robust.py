@@ -23,7 +23,7 @@ from torch._dynamo.utils import counters
 import data
 import distill
 import train
-from checkpoint import load, load_model, lock
+from checkpoint import load, load_model, lock, open_run
 from config import parse_config, resolve
 
 ROOT = Path(train.__file__).parent
@@ -333,6 +333,8 @@ def test_a_second_run_of_the_same_name_is_refused_and_a_crash_leaves_no_lock(tmp
     assert other.stdout.readline() == "locked\n"
     with pytest.raises(data.InputError, match="another run"):
         lock(tmp_path)
+    with pytest.raises(data.InputError, match="another run"):  # not "no last.pt": one may come
+        open_run(config(tmp_path.parent, "--name", tmp_path.name, "--resume"))
     other.kill(), other.wait()
     lock(tmp_path)
     lock(tmp_path)  # again, by the same process

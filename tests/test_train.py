@@ -19,6 +19,7 @@ from torch import nn
 
 import data
 import distill
+import show
 import train
 from checkpoint import load, load_model
 from config import AUGMENTATION, PRESETS, flag_of, model_options, parse_config, resolve
@@ -475,6 +476,55 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
     torch.save(dict(content, step=8, state_dict={}), path)  # as if the end had come between last.pt and model.pt
     assert run(tmp_path, *flags, "--resume")[0] == accuracy
     assert same(load(path), content)
+
+
+def test_a_run_that_ends_on_a_full_disk_can_be_finished(tmp_path, monkeypatch):
+    """The log's last line is cut off, then model.pt cannot be written: both times --resume makes the run whole."""
+    flags = ["--name", "f", "--epochs", "1", "--patch-size", "16"]
+    accuracy, log = run(tmp_path, *flags)
+    model, file = tmp_path / "f" / "model.pt", tmp_path / "f" / "log.jsonl"
+    weights = load(model)
+    model.unlink()
+    file.write_bytes(file.read_bytes()[:-100])
+
+    def full(content, path):
+        raise data.InputError(f"cannot write {path}")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", full)
+        with pytest.raises(data.InputError, match="model.pt"):
+            run(tmp_path, *flags, "--resume")
+    assert not model.exists()
+    assert run(tmp_path, *flags, "--resume")[0] == accuracy and same(load(model), weights)
+    events = [line["event"] for line in show.read_log(file)]
+    assert events == ["start", "epoch", "resume", "end", "resume", "end"]
+
+
+def test_out_of_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
+    """Else one would be told to --overwrite a good run."""
+    flags = ["--name", "m", "--epochs", "1", "--patch-size", "16"]
+    run(tmp_path, *flags)
+
+    def too_much(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    for owner, name in ((torch, "load"), (torch.nn.Module, "load_state_dict")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, too_much)
+            with pytest.raises(RuntimeError, match="allocate"):
+                load_model(tmp_path / "m" / "model.pt")
+            with pytest.raises(RuntimeError, match="allocate"):
+                run(tmp_path, *flags, "--resume")
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
+    """As many, and of classes of the same names."""
+    flags = ["--name", "o", "--epochs", "1", "--patch-size", "16", "--batch-size", "100"]
+    for seed, more in ((0, []), (1, ["--resume"])):
+        monkeypatch.setattr(train, "load_dataset", lambda *_: data.load_shapes(400, 100, seed))
+        if more:
+            with pytest.raises(data.InputError, match="other data"):
+                run(tmp_path, *flags, *more)
+        else:
+            run(tmp_path, *flags)
 
 
 def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
