@@ -314,7 +314,7 @@ def models(args):
             rows.append(dict(label=who, batch_size=config.batch_size, images_per_second=speed,
                              times_slower=speeds[label] / speed, first_step_seconds=first[who],
                              **(own if who == label else dict.fromkeys(own))))
-    return dict(matrix_flops_per_second=rate, rows=rows)
+    return dict(rows=rows)
 
 
 def scaling(args):
@@ -490,7 +490,10 @@ def markdown(result):
     """The table of one result, as --json writes it."""
     number = lambda value, form: "-" if value is None else format(value, form)
     gigabytes = lambda row: number(row["peak_bytes"] and row["peak_bytes"] / 1e9, ".2f")
+    rates = []  # of the large matrix product that MFU is a share of
     if result["what"] == "models":
+        rates = [row["training_flops"] * row["images_per_second"] / row["of_matrix_rate"] for row in result["rows"]
+                 if row["of_matrix_rate"]]
         head = ["model", "batch", "images/s", "time per image, ours = 1", "MFU", *PARTS, "peak GB",
                 "first step, s"]
         lines = [[row["label"], row["batch_size"], f"{row['images_per_second']:,.0f}", f"{row['times_slower']:.2f}",
@@ -499,7 +502,8 @@ def markdown(result):
                   f"{row['first_step_seconds']:.1f}"] for row in result["rows"]]
     elif result["what"] == "scaling":
         head = ["ViT", "GFLOP/training image", "images/s", "MFU", "peak GB"]
-        share = lambda row: row["training_flops"] * row["images_per_second"] / result["matrix_flops_per_second"]
+        rates = [result["matrix_flops_per_second"]]
+        share = lambda row: row["training_flops"] * row["images_per_second"] / rates[0]
         lines = [[f"{row['what']} {row['value']}", f"{row['training_flops'] / 1e9:.2f}",
                   *([f"{row['images_per_second']:,.0f}", f"{share(row):.0%}"] if row["images_per_second"]
                     else ["out of memory", "-"]), gigabytes(row)] for row in result["rows"]]
@@ -518,8 +522,9 @@ def markdown(result):
     else:
         head = ["trap", "outcome"]
         lines = [[row["trap"], row["outcome"]] for row in result["rows"] if row["outcome"] != "not available"]
-    rate = (f"; MFU: of the {result['matrix_flops_per_second'] / 1e12:.3g} TFLOP/s that a large matrix product reaches"
-            if "matrix_flops_per_second" in result else "")
+    ends = dict.fromkeys(f"{rate / 1e12:.3g}" for rate in (min(rates), max(rates))) if rates else {}
+    before = " before each model" if len(rates) > 1 else ""
+    rate = f"; MFU: of the {' to '.join(ends)} TFLOP/s that a large matrix product reached{before}" if rates else ""
     precision = "float32" if result["amp"] == "off" else result["amp"]
     # In a search for the shortest schedule, each run decides that by its length.
     compiled = "" if result["what"] == "accuracy" else ", compiled" if result["compiled"] else ", not compiled"
