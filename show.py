@@ -302,14 +302,20 @@ def place(log):
     return f"{log[0]['machine']}, {'float32' if log[0]['amp'] == 'off' else log[0]['amp']}"
 
 
-def lettered(rows):
-    """A letter for each place where runs were made, from that of most runs on: {place: letter}. rows: {name: logs}."""
-    count = collections.Counter(place(log) for logs in rows.values() for log in logs)
-    return dict(zip((name for name, _ in count.most_common()), string.ascii_lowercase))
+def lettered(size):
+    """A letter for each place where runs of that size were made, the same in both tables: {place: letter}.
+
+    In the order of how many of the rows were made there, and then of the ablations.
+    """
+    places = []
+    for part in ("ROWS", "ABLATIONS"):
+        logs = [log for name in planned(size, part) for log in finished_runs(size, name).values()]
+        places += [where for where, _ in collections.Counter(map(place, logs)).most_common()]
+    return dict(zip(dict.fromkeys(places), string.ascii_lowercase))
 
 
 def by_machine(logs, letters):
-    """A row's runs on the one of its machines that made most runs of the table, and how many were made where, as text.
+    """A row's runs on the one of its machines that has the first letter, and how many were made where, as text.
 
     The text is "a", or "5 a, 1 d". Seconds on unlike machines have no mean, so a row shows those of the first.
     """
@@ -324,7 +330,7 @@ def as_markdown(head, lines, rows, letters):
     text = "".join("| " + " | ".join(line) + " |\n" for line in [head, ["---"] * len(head), *lines])
     for name, letter in letters.items():
         versions = sorted({log[0]["torch"] for logs in rows.values() for log in logs if place(log) == name})
-        text += f"\n{letter}: {name}, torch {' and '.join(versions)}\n"
+        text += f"\n{letter}: {name}, torch {' and '.join(versions)}\n" if versions else ""
     return text
 
 
@@ -343,7 +349,7 @@ def markdown_table(size):
         return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations: "
                 f"{runs} runs.\n")
     rows = {name: list(finished_runs(size, name).values()) for name in planned(size)}
-    lines, letters = [], lettered(rows)
+    lines, letters = [], lettered(size)
     for name, command in planned(size).items():
         logs = rows[name]
         command = f"`python {command} --size {size}`"
@@ -368,7 +374,7 @@ def ablation_table(size):
     rows = {name: [log for log, _ in some] for name, some in pairs.items() if some}
     if not rows:
         return ""
-    lines, letters, accuracy = [], lettered(rows), lambda log: 100 * log[-1]["test_accuracy"]
+    lines, letters, accuracy = [], lettered(size), lambda log: 100 * log[-1]["test_accuracy"]
     for name, logs in rows.items():
         (base_name, command), (alike, where) = plan[name], by_machine(logs, letters)
         lines.append([name, mean_and_std([accuracy(log) for log in logs]),

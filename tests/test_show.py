@@ -228,6 +228,11 @@ def test_seconds_are_those_of_one_machine_and_each_row_says_where_it_ran(tmp_pat
     assert [(rows[name][6], rows[name][9]) for name in ("vit", "hybrid", "resnet18")] \
         == [("100", "1 a, 2 b"), ("15", "a"), ("300", "b")]
     assert "\na: fast, bf16, torch 2.9.0\n" in table and "\nb: slow, bf16, torch 2.9.0\n" in table
+    for seed, machine in enumerate(("third", "slow", "slow")):
+        write_log(tmp_path / "results" / "tiny" / f"cls-{seed}.jsonl", 0.8, machine)
+    ablations = show.ablation_table("tiny")  # their letters are those of the rows, and go on from there
+    assert "| 2 b, 1 c |" in ablations and "\nb: slow" in ablations and "\nc: third" in ablations
+    assert "a: fast" not in ablations
 
 
 def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_path, monkeypatch):
