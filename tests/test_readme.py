@@ -50,13 +50,13 @@ def test_the_table_of_sizes_is_that_of_the_presets():
     rows = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in README.splitlines())
             if len(cells) == 8}
     for (model, size), preset in PRESETS.items():
-        shape, _, _, optimizer, batch_size, epochs, augmentation = rows[f"{model}, {size}"]
+        shape, _, _, muon_lr, batch_size, epochs, augmentation = rows[f"{model}, {size}"]
         options = FIXED.get((model, size), {})
         if "dim" in preset:
             hidden = int(preset["dim"] * options.get("mlp_ratio", 4))
             assert shape == f"{preset['dim']}, {preset['depth']}, {preset['heads']}, {hidden}"
         assert (batch_size, epochs) == (str(preset["batch_size"]), str(preset["epochs"]))
-        assert optimizer == {"adamw": "AdamW", "muon": "Muon, AdamW"}[preset["optimizer"]]
+        assert (preset["optimizer"], preset["muon_lr"]) == ("muon", float(muon_lr))
         assert augmentation == ("all" if preset["mixup"] else f"crop {preset['crop']}, flip")
 
 
