@@ -21,6 +21,12 @@ from model import build_model
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
+def out_of_memory(error):
+    """Whether the error says that memory ran out: of a CPU torch raises a plain RuntimeError, and some are wrapped."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error)
+            or "can't allocate memory" in str(error))
+
+
 def save(content, path):
     """torch.save that leaves either the old file or the new one, whatever happens. InputError if the disk is full."""
     try:
@@ -31,13 +37,10 @@ def save(content, path):
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         if os.path.exists(path + ".new"):
             os.remove(path + ".new")
+        if out_of_memory(error):
+            raise
         raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}): the disk may be full; make room, and go "
                          "on with --resume") from None
-
-
-def out_of_memory(error):
-    """Whether the error says that memory ran out: torch raises a plain RuntimeError for that of a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def load(path):
@@ -133,26 +136,28 @@ def lock(folder):
 def open_run(config):
     """Make the run's folder, or find it with --resume. Returns the content of last.pt, or None for a new run.
 
+    A folder that is resumed loses the last line of its log if a full disk or a power failure has cut it short.
+
     InputError if it is taken (see check_folder), if it cannot be written, if there is nothing to resume, or if the
     resumed run would differ.
     """
     check_folder(config)
     folder = config.folder
-    if config.resume:
-        if os.path.isdir(folder):
-            lock(folder)  # before last.pt is read: the run that writes it may be about to end
-        checkpoint = load_last(folder)
-        if not isinstance(checkpoint.get("config"), dict):
-            raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
-        differ = differences(checkpoint["config"], config, FREE_FIELDS)
-        if differ:
-            raise InputError(f"{folder}/last.pt has other options ({differ}): resume it with its own")
-        log = os.path.join(folder, "log.jsonl")
-        if os.path.exists(log):
-            with open(log, "rb+") as file:  # a full disk or a power failure can have cut its last line off
-                file.truncate(file.read().rfind(b"\n") + 1)
-        return checkpoint
+    log = os.path.join(folder, "log.jsonl")
     try:
+        if config.resume:
+            if os.path.isdir(folder):
+                lock(folder)  # before last.pt is read: the run that writes it may be about to end
+            checkpoint = load_last(folder)
+            if not isinstance(checkpoint.get("config"), dict):
+                raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
+            differ = differences(checkpoint["config"], config, FREE_FIELDS)
+            if differ:
+                raise InputError(f"{folder}/last.pt has other options ({differ}): resume it with its own")
+            if os.path.exists(log):
+                with open(log, "rb+") as file:
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            return checkpoint
         os.makedirs(folder, exist_ok=True)
         lock(folder)
         for file in ("log.jsonl", "last.pt", "last.pt.new", "model.pt", "model.pt.new"):

@@ -189,7 +189,7 @@ def start(config):
         if os.path.exists(os.path.join(config.folder, "model.pt")):
             raise InputError(f"{config.folder} has no last.pt to resume from: choose another --name, or --overwrite "
                              "it")
-        # It was stopped while its teacher was being trained.
+        # It was stopped while its teacher was being trained, or killed before it first saved.
         print(f"{config.folder} has no last.pt yet: the student starts from the beginning")
         config.resume, config.overwrite = False, True
     dataset = train.load_for_all(config)

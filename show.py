@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from checkpoint import load_model
+from checkpoint import load_model, out_of_memory
 from config import AUGMENTATION, PRESETS
 from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image, soft_targets, test_batches
 
@@ -417,6 +417,10 @@ def main():
         globals()[args.what](args)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        sys.exit("error: out of memory: close other programs, or look at fewer pictures with --count")
 
 
 if __name__ == "__main__":

@@ -378,8 +378,9 @@ def restore(checkpoint, stateful, data, config):
     InputError if the run was trained on other data, or if the file is of another version of this project.
     """
     try:
-        if checkpoint["data"] != data:
-            raise InputError(f"{config.folder}/last.pt is of other data ({checkpoint['data']}): resume it with its own")
+        if data | checkpoint["data"] != data:  # an earlier version knew less of its data
+            raise InputError(f"{config.folder}/last.pt is of other data ({checkpoint['data']}, not {data}): resume it "
+                             "with its own")
         for name, part in stateful.items():
             if checkpoint[name]:  # a GradScaler that was off has no state
                 part.load_state_dict(checkpoint[name])
@@ -411,7 +412,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     note = "CIFAR-10 was not found, so this is the shapes data set: " if fell_back else ""
     data = dict(name=dataset.name, train=len(dataset.train_labels), test=len(dataset.test_labels),
                 test_split=dataset.test_split, classes=len(dataset.classes), fell_back=fell_back,
-                mean=[round(value, 6) for value in dataset.mean.flatten().tolist()])  # that of no other images
+                mean=[round(value, 6) for value in dataset.mean.flatten().tolist()])  # other images have another
     steps_per_epoch, total_steps, warmup_steps = count_steps(config, data["train"], processes)
     lr = lambda step, peak=config.lr: lr_at(step, total_steps, warmup_steps, peak, config.schedule)
     folder, model_path = config.folder, os.path.join(config.folder, "model.pt")
@@ -479,6 +480,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             return
         with open(os.path.join(folder, "log.jsonl"), "a") as file:
             file.write(json.dumps(dict(event=event, **values)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the checkpoint that follows it
 
     parameters = sum(p.numel() for p in model.parameters())
     machine = describe_machine(device)

@@ -446,10 +446,8 @@ def traps(args):
                 finite = forward_and_backward(kernel).isfinite().all()
                 outcome = milliseconds(as_graph(lambda: forward_and_backward(kernel), device))
                 outcome += "" if finite else ", NAN in the gradient"
-            except torch.OutOfMemoryError:
-                outcome = "out of memory"
-            except RuntimeError:  # no available kernel
-                outcome = "not available"
+            except RuntimeError as error:  # no available kernel
+                outcome = "out of memory" if out_of_memory(error) else "not available"
             name = kernel.name.lower() if kernel else "written out"
             report(f"attention, forward and backward, {B} x {H} x {N} x {E}: {name}"
                    f"{' (what torch takes)' if kernel == chosen else ''}", outcome)

@@ -167,6 +167,14 @@ def test_a_mistake_ends_in_one_sentence(tmp_path, monkeypatch, runs, arguments, 
     assert str(end.value.code).startswith("error: ") and "\n" not in str(end.value.code)
 
 
+def test_out_of_memory_ends_in_one_sentence(tmp_path, monkeypatch, runs):
+    def too_much(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(torch, "load", too_much)
+    with pytest.raises(SystemExit, match="out of memory"):
+        call(monkeypatch, tmp_path, "predict", "x.png", "--model", runs / "vit" / "model.pt")
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["predict"], "at least one path"), (["confusion", "runs/a/model.pt"], "--model"),
     (["augment", "--seed", "-1"], "--seed")])

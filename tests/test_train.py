@@ -513,10 +513,13 @@ def test_out_of_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
                 load_model(tmp_path / "m" / "model.pt")
             with pytest.raises(RuntimeError, match="allocate"):
                 run(tmp_path, *flags, "--resume")
+    monkeypatch.setattr(torch, "save", too_much)
+    with pytest.raises(RuntimeError, match="allocate"):
+        run(tmp_path, *flags, "--overwrite")
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
-    """As many, and of classes of the same names."""
+    """As many, and of classes of the same names. A checkpoint that does not know their mean colour goes on."""
     flags = ["--name", "o", "--epochs", "1", "--patch-size", "16", "--batch-size", "100"]
     for seed, more in ((0, []), (1, ["--resume"])):
         monkeypatch.setattr(train, "load_dataset", lambda *_: data.load_shapes(400, 100, seed))
@@ -525,6 +528,11 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
                 run(tmp_path, *flags, *more)
         else:
             run(tmp_path, *flags)
+    path = tmp_path / "o" / "last.pt"
+    content = load(path)
+    del content["data"]["mean"]
+    torch.save(content, path)
+    run(tmp_path, *flags, "--resume")
 
 
 def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, monkeypatch):
