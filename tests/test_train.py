@@ -67,7 +67,7 @@ def test_every_field_is_a_flag_with_help_and_is_read(config_class, capsys):
     source = "".join((ROOT / f"{file}.py").read_text() for file in files)
     for field in dataclasses.fields(config_class):
         assert f"{flag_of(field)} " in text and field.metadata["help"] in text, field.name
-        read = field.name in AUGMENTATION or re.search(rf"\bconfig\.{field.name}\b(?! = )", source)
+        read = field.name in AUGMENTATION or re.search(rf"\b(config|self)\.{field.name}\b(?! = )", source)
         assert read, f"nothing reads {field.name}"
 
 
