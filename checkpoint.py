@@ -44,8 +44,7 @@ def save(content, path):
 
 
 def load(path):
-    """What `save` wrote, on the CPU; only tensors and plain values, never code. InputError if it is not there or not
-    whole."""
+    """What `save` wrote, on the CPU; only tensors and plain values, never code. InputError if missing or not whole."""
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the check sums
