@@ -58,7 +58,11 @@ basic-mixup        both  basic          train.py --model vit --recipe basic --mi
 basic-cutmix       both  basic          train.py --model vit --recipe basic --cutmix 1
 basic-drop-path    both  basic          train.py --model vit --recipe basic --drop-path 0.1
 basic-ema          base  basic          train.py --model vit --recipe basic --ema 0.998
-hybrid-gamma-0.1   base  hybrid         train.py --model hybrid --gamma-init 0.1
+hybrid-50-epochs   base  hybrid         train.py --model hybrid --epochs 50
+hybrid-gamma-0.1   base  hybrid-50-epochs train.py --model hybrid --epochs 50 --gamma-init 0.1
+builtin-50-epochs  base  hybrid-50-epochs train.py --model hybrid --epochs 50 --encoder builtin
+hybrid-distilled-50-epochs base hybrid-50-epochs distill.py --student hybrid --epochs 50
+resnet18-50-epochs base  resnet18       train.py --model resnet18 --epochs 50
 hybrid-plain       base  hybrid-builtin train.py --model hybrid --drop-path 0 --gamma-init none
 no-trivial         base  vit            train.py --model vit --trivial 0
 no-jitter          base  vit            train.py --model vit --jitter 0
