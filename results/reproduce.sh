@@ -5,8 +5,8 @@
 #
 # Without ROW, all of them. Each run leaves its log as results/SIZE/ROW-SEED.jsonl, and its weights in runs/. A log that
 # is there already is not made again, and a run that was stopped goes on, so this can be stopped and started at will.
-# --jobs N runs N side by side: in less time together, but the seconds of each are then those of a shared machine. On a
-# CPU, share out its cores: OMP_NUM_THREADS=1 results/reproduce.sh --jobs 2. $DATA_DIR says where CIFAR-10 lies.
+# --jobs N runs N side by side: in less time together, but the seconds of each are then those of a shared machine. Each
+# gets an equal part of the cores, or $OMP_NUM_THREADS of them. $DATA_DIR says where CIFAR-10 lies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -22,7 +22,8 @@ hybrid-12-epochs  tiny  train.py --model hybrid --epochs 12
 hybrid-mixed      tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
 resnet18          both  train.py --model resnet18
 vit-distilled     both  distill.py --student vit
-hybrid-distilled  both  distill.py --student hybrid
+hybrid-distilled  tiny  distill.py --student hybrid
+hybrid-distilled  base  distill.py --student hybrid --epochs 50
 ROWS
 }
 
@@ -61,7 +62,6 @@ basic-ema          base  basic          train.py --model vit --recipe basic --em
 hybrid-50-epochs   base  hybrid         train.py --model hybrid --epochs 50
 hybrid-gamma-0.1   base  hybrid-50-epochs train.py --model hybrid --epochs 50 --gamma-init 0.1
 builtin-50-epochs  base  hybrid-50-epochs train.py --model hybrid --epochs 50 --encoder builtin
-hybrid-distilled-50-epochs base hybrid-50-epochs distill.py --student hybrid --epochs 50
 resnet18-50-epochs base  resnet18       train.py --model resnet18 --epochs 50
 hybrid-plain       base  hybrid-builtin train.py --model hybrid --drop-path 0 --gamma-init none
 no-trivial         base  vit            train.py --model vit --trivial 0
@@ -104,6 +104,9 @@ case $size in tiny | base) ;; *) fail "--size is tiny or base, not $size" ;; esa
 for row in ${wanted[@]+"${wanted[@]}"}; do  # an empty array is an error to older shells
     planned | cut -d' ' -f1 | grep -qxF -- "$row" || fail "no row $row; choose from: $(planned | cut -d' ' -f1 | xargs)"
 done
+# More threads than cores wait for one another most of the time, on the host of a GPU too.
+cores=$(getconf _NPROCESSORS_ONLN)
+[ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 
 out=runs/reproduce-$size teacher=runs/reproduce-$size/resnet18-0/model.pt  # one teacher for all seeds
 started=() names=()

@@ -1,6 +1,7 @@
 """show.py: the numbers it prints against hand counts, its pictures by their pixels, its table against the logs."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -279,6 +280,7 @@ def test_every_row_is_a_command_that_parses_and_every_ablation_changes_its_base(
 
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$@" >> calls
+echo "${OMP_NUM_THREADS-all}" >> threads
 while [ $# -gt 0 ]; do case $1 in --name) name=$2;; --out) out=$2;; esac; shift; done
 mkdir -p "$out/$name"
 trap 'sleep 0.5; echo saved > "$out/$name/last.pt"; exit 143' TERM
@@ -314,6 +316,7 @@ def test_reproduce_runs_a_row_once_and_goes_on_from_a_stop(tmp_path, reproduce):
     assert {p.name for p in (tmp_path / "results" / "tiny").iterdir()} == {
         "vit-0.jsonl", "vit-1.jsonl", "resnet18-0.jsonl", "resnet18-1.jsonl"}
     assert reproduce("--seeds", "2", "vit").wait() == 0 and len(calls()) == 4
+    assert set((tmp_path / "threads").read_text().split()) == {"all"}
     assert reproduce("--help").wait() == 0
     for wrong in (["vgg"], ["--size", "huge"], ["--sedes", "2"], ["--seeds", "0"], ["--jobs"]):
         process = reproduce(*wrong)
@@ -323,6 +326,7 @@ def test_reproduce_runs_a_row_once_and_goes_on_from_a_stop(tmp_path, reproduce):
 def test_reproduce_runs_ablations_side_by_side_and_a_teacher_before_its_students(tmp_path, reproduce):
     assert reproduce("--jobs", "3", "hard", "patch-8", "cls").wait() == 0
     *others, teacher, student = (tmp_path / "calls").read_text().splitlines()
+    assert set((tmp_path / "threads").read_text().split()) == {str(max(1, os.cpu_count() // 3))}
     assert sorted(others) == [
         f"train.py --model vit {flag} --size tiny --seed 0 --name {name}-0 --out runs/reproduce-tiny "
         "--dataset cifar10" for flag, name in (("--patch-size 8", "patch-8"), ("--pool cls", "cls"))]
