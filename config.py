@@ -97,7 +97,7 @@ class Config:
                        high=2**63 - 1)
     device: str = option("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     amp: str = option("auto", "precision of matrix products and convolutions", choices=("auto", "bf16", "fp16", "off"))
-    compile: str = option("auto", "torch.compile; auto: base runs with CUDA that see 500,000 images or more, ten "
+    compile: str = option("auto", "torch.compile; auto: base runs with CUDA that see a million images or more, twenty "
                                   "epochs of CIFAR-10", choices=("auto", "on", "off"))
     name: str = option(None, "the run's folder in --out (default: made of model, size, recipe, data set, seed)")
     out: str = option("runs", "the folder that holds the runs' folders")
@@ -117,7 +117,7 @@ NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0
 AUGMENTATION = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
 TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,
             momentum=0.6, weight_decay=0.01, warmup=0.2, schedule="linear", clip=0.0, ema=0.0)
-BASE = dict(crop=4, trivial=0.5, jitter=0.1, erasing=0.25, label_smoothing=0.1, mixup=0.2, cutmix=1.0, epochs=100,
+BASE = dict(crop=4, trivial=0.5, jitter=0.1, erasing=0.25, label_smoothing=0.1, mixup=0.2, cutmix=1.0, epochs=50,
             batch_size=512, optimizer="muon", lr=2e-3, muon_lr=0.005, momentum=0.95, weight_decay=0.1,
             warmup=3.0, schedule="cosine", clip=1.0, ema=0.998)
 PRESETS = {
@@ -126,7 +126,7 @@ PRESETS = {
     ("hybrid", "tiny"): dict(TINY, epochs=5, dim=256, depth=2, heads=4, drop_path=0.0, gamma_init=1.0,
                              pos_init="noise"),
     ("resnet18", "tiny"): dict(TINY, epochs=5),
-    ("vit", "base"): dict(BASE, muon_lr=0.0025, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1,
+    ("vit", "base"): dict(BASE, epochs=100, muon_lr=0.0025, patch_size=4, dim=384, depth=7, heads=6, drop_path=0.1,
                           gamma_init=1.0, pos_init="sine"),
     ("hybrid", "base"): dict(BASE, dim=256, depth=6, heads=4, drop_path=0.1, gamma_init=1.0, pos_init="noise"),
     ("resnet18", "base"): BASE,

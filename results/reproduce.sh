@@ -22,8 +22,7 @@ hybrid-12-epochs  tiny  train.py --model hybrid --epochs 12
 hybrid-mixed      tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
 resnet18          both  train.py --model resnet18
 vit-distilled     both  distill.py --student vit
-hybrid-distilled  tiny  distill.py --student hybrid
-hybrid-distilled  base  distill.py --student hybrid --epochs 50
+hybrid-distilled  both  distill.py --student hybrid
 ROWS
 }
 
@@ -59,10 +58,7 @@ basic-mixup        both  basic          train.py --model vit --recipe basic --mi
 basic-cutmix       both  basic          train.py --model vit --recipe basic --cutmix 1
 basic-drop-path    both  basic          train.py --model vit --recipe basic --drop-path 0.1
 basic-ema          base  basic          train.py --model vit --recipe basic --ema 0.998
-hybrid-50-epochs   base  hybrid         train.py --model hybrid --epochs 50
-hybrid-gamma-0.1   base  hybrid-50-epochs train.py --model hybrid --epochs 50 --gamma-init 0.1
-builtin-50-epochs  base  hybrid-50-epochs train.py --model hybrid --epochs 50 --encoder builtin
-resnet18-50-epochs base  resnet18       train.py --model resnet18 --epochs 50
+hybrid-gamma-0.1   base  hybrid         train.py --model hybrid --gamma-init 0.1
 hybrid-plain       base  hybrid-builtin train.py --model hybrid --drop-path 0 --gamma-init none
 no-trivial         base  vit            train.py --model vit --trivial 0
 no-jitter          base  vit            train.py --model vit --jitter 0
@@ -75,6 +71,9 @@ drop-path-0.2      base  vit            train.py --model vit --drop-path 0.2
 no-ema             base  vit            train.py --model vit --ema 0
 epochs-50          base  vit            train.py --model vit --epochs 50
 epochs-200         base  vit            train.py --model vit --epochs 200
+hybrid-100-epochs  base  hybrid         train.py --model hybrid --epochs 100
+builtin-100-epochs base  hybrid-builtin train.py --model hybrid --encoder builtin --epochs 100
+resnet-100-epochs  base  resnet18       train.py --model resnet18 --epochs 100
 temperature-1      both  vit-distilled  distill.py --student vit --temperature 1
 temperature-4      both  vit-distilled  distill.py --student vit --temperature 4
 alpha-0.5          both  vit-distilled  distill.py --student vit --alpha 0.5

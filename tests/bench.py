@@ -8,7 +8,6 @@
 
 Images/s are of whole training steps, augmentation included: the median over windows in which the contestants take
 turns, so that a processor that slows down slows all of them. The data set lies where train.py finds it.
-With $TORCHINDUCTOR_CACHE_DIR set, what was compiled into that folder before is not compiled again.
 """
 
 import argparse
@@ -527,7 +526,6 @@ def markdown(result):
     precision = "float32" if result["amp"] == "off" else result["amp"]
     # In a search for the shortest schedule, each run decides that by its length.
     compiled = "" if result["what"] == "accuracy" else ", compiled" if result["compiled"] else ", not compiled"
-    compiled += " before" if result["compiled"] and result.get("cached") else ""
     return (f"On {result['machine']}, torch {result['torch']}, {precision}{compiled}{rate}:\n\n"
             + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in [head, ["---"] * len(head), *lines]))
 
@@ -557,15 +555,14 @@ def main(argv=None):
         parser.error("--flags is for accuracy")
     args.size = args.size or ("base" if args.device == "cuda" else "tiny")
     train.use_fast_kernels()
-    cached = "TORCHINDUCTOR_CACHE_DIR" in os.environ
     with tempfile.TemporaryDirectory() as empty:  # so that a model's first step compiles, and does not find it done
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", empty)
+        os.environ.update(TORCHINDUCTOR_CACHE_DIR=empty, TRITON_CACHE_DIR=empty)
         try:
             flags = shlex.split(args.flags)
             config = resolve(parse_config(argv=command_line(args, args.models[0], args.size, *flags)))
             arguments = {name: value for name, value in vars(args).items() if name not in ("data_dir", "json", "out")}
             result = dict(what=args.what, amp=train.choose_amp(config), compiled=train.choose_compile(config),
-                          cached=cached, commit=git_commit(), arguments=arguments, **describe_machine(args.device),
+                          commit=git_commit(), arguments=arguments, **describe_machine(args.device),
                           **dict(models=models, scaling=scaling, traps=traps, accuracy=accuracy)[args.what](args))
         except InputError as error:
             sys.exit(f"error: {error}")

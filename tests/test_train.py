@@ -561,8 +561,8 @@ def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, si
     monkeypatch.setenv("CC", "a compiler") if "CC" in has else monkeypatch.delenv("CC", raising=False)
     chosen = config("--size", size, "--model", "vit")
     assert (chosen.device, train.choose_amp(chosen), train.choose_compile(chosen)) == ("cuda", amp, compiled)
-    assert train.choose_compile(config("--size", size, "--epochs", "10")) == compiled
-    assert not train.choose_compile(config("--size", size, "--epochs", "9"))  # too short to win the time back
+    assert train.choose_compile(config("--size", size, "--epochs", "20")) == compiled
+    assert not train.choose_compile(config("--size", size, "--epochs", "19"))  # too short to win the time back
     assert not train.choose_compile(chosen, images=4000) and not train.choose_compile(chosen, processes=2)
     assert train.choose_amp(config("--size", size, "--optimizer", "adamw")) == ("bf16" if bf16 else "fp16")
 
