@@ -247,7 +247,7 @@ def choose_compile(config, images=50_000, processes=1):
 
     auto: base runs with CUDA, if Triton and a C compiler are there, and if the run is long enough to win the time back,
     twenty epochs or more: on one H200, compiling a ViT takes 24 s, and then saves 1.4 s of every 50,000 images. Tiny
-    runs are not compiled: on two CPU cores that saves about as much time as it takes.
+    runs are not compiled: on two CPU cores it saves a ViT's run a few seconds, and makes a hybrid's slower.
     """
     if processes > 1 and config.compile == "on":
         raise InputError("--compile on is for one process: leave it out with torchrun")
