@@ -75,7 +75,8 @@ def load_model(path, device="cpu"):
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         if out_of_memory(error):
             raise
-        raise InputError(f"{path} is not a model.pt of this project, or of another version of it") from None
+        raise InputError(f"{path} is not a model.pt of this project, or of another version of it: name the one that a "
+                         "run left in its folder when it ended") from None
     about = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in content.items()}
     return model.to(device).eval(), about
 
@@ -106,7 +107,8 @@ def load_last(folder):
     """The content of the folder's last.pt. InputError if there is none, or if it is not whole."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
-        raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
+        advice = "give --overwrite in place of --resume" if os.path.exists(folder) else "leave --resume out"
+        raise InputError(f"there is no {path} to go on from: {advice}")
     return load(path)
 
 

@@ -57,7 +57,8 @@ class Config:
     whiten: str = option("on", "start the first layer from the principal components of the training images",
                          choices=("on", "off"))
 
-    dataset: str = option("auto", "auto: CIFAR-10 from --data-dir or downloaded, else shapes", choices=DATASETS)
+    dataset: str = option("auto", "auto: CIFAR-10 from --data-dir or downloaded, else shapes, which are drawn on the "
+                                  "spot; folder: images of your own, --data-dir/CLASS/FILE", choices=DATASETS)
     data_dir: str = option(None, "where the data set lies or is downloaded to (default: $DATA_DIR, else ./data)")
     hold_out: int = option(0, "tune on this many images split off the training set; the test set is left alone", low=0)
 

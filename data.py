@@ -123,7 +123,7 @@ def load_cifar(name, data_dir):
                 raise InputError(f"cannot write to {data_dir} ({error.strerror}): name another folder with "
                                  "--data-dir") from None
             raise ConnectionError(f"{name} is not in {folder} and cannot be downloaded: name the folder that holds "
-                                  f"{source.base_folder} with --data-dir, or try --dataset shapes, which needs no "
+                                  f"{source.base_folder} with --data-dir; only --dataset shapes needs no "
                                   "download") from None
         finally:
             socket.setdefaulttimeout(None)

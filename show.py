@@ -64,6 +64,7 @@ def save_grid(rows, titles, captions, path, scale=3):
 def augment(args):
     """A row for each augmentation, and one for all of them together, as the base preset has them."""
     dataset = load_dataset(args.dataset or "auto", args.data_dir)
+    print(f"data set {dataset.name}")  # shapes, if CIFAR-10 was not found
     preset = PRESETS["vit", "base"]
     images = dataset.train_images[: args.count].float() / 255  # (B, 3, S, S)
     targets = soft_targets(dataset.train_labels[: args.count], len(dataset.classes))  # (B, K)
@@ -188,7 +189,8 @@ def load_for(about, args):
     """The data set of the command line, or the model's own. InputError if its classes are not those of the model."""
     dataset = load_dataset(args.dataset or about.get("dataset", "auto"), args.data_dir)
     if dataset.classes != about["classes"]:
-        raise InputError(f"{args.model} was trained on other classes than {dataset.name}'s: name its --dataset")
+        raise InputError(f"{args.model} was trained on other classes than these of {dataset.name}: name its own data "
+                         "with --dataset and --data-dir")
     return dataset
 
 
@@ -396,14 +398,15 @@ def table(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("augment", "attention", "curves", "confusion", "predict", "table"))
-    parser.add_argument("paths", nargs="*", help="pictures for predict; runs or their logs for curves")
+    parser.add_argument("what", choices=("augment", "attention", "curves", "confusion", "predict", "table"),
+                        help="see above")
+    parser.add_argument("paths", nargs="*", default=[], help="pictures for predict; runs or their logs for curves")
     parser.add_argument("--model", help="a model.pt (default: the newest in runs/)")
-    parser.add_argument("--dataset", choices=DATASETS, help="default: the one that the model was trained on")
-    parser.add_argument("--data-dir")
+    parser.add_argument("--dataset", choices=DATASETS, help="default: the model's own; for augment CIFAR-10")
+    parser.add_argument("--data-dir", help="where the data set lies (default: $DATA_DIR, else ./data)")
     parser.add_argument("--count", type=int, default=10, help="pictures in a row (default: 10)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the augmentation (default: 0)")
-    parser.add_argument("--out", help="the PNG to write (default: the command's name)")
+    parser.add_argument("--out", help="the PNG of augment, attention or curves (default: the command's name)")
     args = parser.parse_intermixed_args()  # paths may stand before and after the options
     if args.what in ("curves", "predict") and not args.paths:
         parser.error(f"{args.what} needs at least one path")

@@ -378,9 +378,10 @@ def restore(checkpoint, stateful, data, config):
     InputError if the run was trained on other data, or if the file is of another version of this project.
     """
     try:
-        if data | checkpoint["data"] != data:  # an earlier version knew less of its data
-            raise InputError(f"{config.folder}/last.pt is of other data ({checkpoint['data']}, not {data}): resume it "
-                             "with its own")
+        was = data | checkpoint["data"]  # an earlier version knew less of its data
+        if was != data:
+            raise InputError(f"{config.folder}/last.pt was trained on {was['train']} images of {was['name']}, not on "
+                             f"these {data['train']} of {data['name']}: name its own with --dataset and --data-dir")
         for name, part in stateful.items():
             if checkpoint[name]:  # a GradScaler that was off has no state
                 part.load_state_dict(checkpoint[name])
@@ -457,6 +458,9 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                 print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
                       f"{accuracy:.4f}: ask for more with --epochs")
                 return accuracy
+            if step > total_steps:
+                raise InputError(f"{folder}/last.pt is past {config.epochs} epochs, at step {step} where they end at "
+                                 f"{total_steps}: ask for more with --epochs")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0

@@ -37,8 +37,9 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_augment_shows_the_images_and_what_became_of_them(tmp_path, monkeypatch):
+def test_augment_shows_the_images_and_what_became_of_them(tmp_path, monkeypatch, capsys):
     call(monkeypatch, tmp_path, "augment", "--dataset", "shapes", "--count", 4)
+    assert "data set shapes" in capsys.readouterr().out
     picture = Image.open(tmp_path / "augment.png").convert("RGB")
     assert picture.size == (120 + 4 * 100, 8 * 120)
     first = data.load_dataset("shapes").train_images[0]

@@ -101,6 +101,7 @@ def test_a_config_from_python_is_checked_as_the_command_line_is(field, value):
     (["--warmup", "inf"], "--warmup"), (["--gamma-init", "inf"], "--gamma-init"),
     (["--seed", "10000000000000000000"], "--seed"),
     (["--out", "/dev/null"], "--out"), (["--resume", "--overwrite"], "choose one"),
+    (["--resume", "--name", "never"], "leave --resume out"),
 ] + ([] if torch.cuda.is_available() else [(["--device", "cuda"], "cuda")]))
 def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -476,6 +477,10 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
     torch.save(dict(content, step=8, state_dict={}), path)  # as if the end had come between last.pt and model.pt
     assert run(tmp_path, *flags, "--resume")[0] == accuracy
     assert same(load(path), content)
+    path.unlink()  # as if it had been stopped on the way to more epochs: it is not at the end of fewer
+    with pytest.raises(data.InputError, match="past 1 epochs, at step 32 where they end at 16: ask for more"):
+        run(tmp_path, *flags, "--resume", "--epochs", "1")
+    assert not path.exists()
 
 
 def test_a_run_that_ends_on_a_full_disk_can_be_finished(tmp_path, monkeypatch):
@@ -524,7 +529,7 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
     for seed, more in ((0, []), (1, ["--resume"])):
         monkeypatch.setattr(train, "load_dataset", lambda *_: data.load_shapes(400, 100, seed))
         if more:
-            with pytest.raises(data.InputError, match="other data"):
+            with pytest.raises(data.InputError, match="trained on .* images of shapes, not on these .*--data-dir"):
                 run(tmp_path, *flags, *more)
         else:
             run(tmp_path, *flags)
