@@ -450,17 +450,17 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         began -= seconds  # the clock goes on from where it stood
         del checkpoint  # and its copy of the weights
         if step >= total_steps:  # it has had its last epoch, and may have been stopped before it wrote model.pt
-            accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
             finished = os.path.exists(model_path) and load(model_path).get("step") == step
             if processes > 1:
                 dist.barrier()  # all have looked before the first one writes it
+            if step > total_steps and not finished:
+                raise InputError(f"{folder}/last.pt is past {config.epochs} epochs, at step {step} where they end at "
+                                 f"{total_steps}: ask for more with --epochs")
+            accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
             if finished:
                 print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
                       f"{accuracy:.4f}: ask for more with --epochs")
                 return accuracy
-            if step > total_steps:
-                raise InputError(f"{folder}/last.pt is past {config.epochs} epochs, at step {step} where they end at "
-                                 f"{total_steps}: ask for more with --epochs")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0

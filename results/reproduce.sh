@@ -103,7 +103,7 @@ case $size in tiny | base) ;; *) fail "--size is tiny or base, not $size" ;; esa
 for row in ${wanted[@]+"${wanted[@]}"}; do  # an empty array is an error to older shells
     planned | cut -d' ' -f1 | grep -qxF -- "$row" || fail "no row $row; choose from: $(planned | cut -d' ' -f1 | xargs)"
 done
-# More threads than cores wait for one another most of the time, on the host of a GPU too.
+# More threads than cores wait for one another most of the time.
 cores=$(getconf _NPROCESSORS_ONLN)
 [ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 
