@@ -64,8 +64,9 @@ def load(path):
 def load_model(path, device="cpu"):
     """A model.pt that train.py wrote -> (the model in eval mode, the rest of the file as a dict).
 
-    The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), "step", after which
-    it was saved, and "mean" and "std", by which images scaled to 0..1 are normalised: model((images - mean) / std).
+    The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), "hold_out" and
+    "seed" (how many images were held out, and which), "step", after which it was saved, and "mean" and "std", by which
+    images scaled to 0..1 are normalised: model((images - mean) / std).
     InputError if it is not such a file.
     """
     content = load(path)
@@ -179,7 +180,8 @@ def describe_machine(device):
         cpu = names[0] if names else cpu
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     threads = torch.get_num_threads()
-    return dict(machine=gpu or f"{cpu}, {threads} thread{'s' if threads > 1 else ''}", system=platform.platform(),
+    where = "mps" if device == "mps" else f"{threads} thread{'s' if threads > 1 else ''}"
+    return dict(machine=gpu or f"{cpu}, {where}", system=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
 
 

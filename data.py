@@ -143,8 +143,13 @@ def read_image(path):
     """A picture file as uint8 (3, S, S), S = 32: RGB, scaled and cropped. InputError if it cannot be read."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")  # cameras store which side is up in EXIF
-            return pil_to_tensor(ImageOps.fit(image, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+            image = ImageOps.exif_transpose(image)  # cameras store which side is up in EXIF
+            if image.mode.startswith("I;16"):  # 16 bits of grey: convert would make all from 255 on white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError("its numbers have no fixed range: save it with 8 or 16 bits")
+            image = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+            return pil_to_tensor(image)
     except Exception as error:  # PIL raises almost anything, by format and damage
         raise InputError(f"cannot read the image {path} ({error}): mend or delete it, or leave it out") from None
 
@@ -444,9 +449,10 @@ def trivial_augment(images, probability):
     Müller & Hutter 2021, 2103.10158.
 
     images float (B, 3, S, S), 0 to 1 -> the same. The operations and their ranges are the paper's ("wide"), except
-    that strengths are not rounded to 31 levels, and that an image is shifted by at most half its side, not by all of
-    it. Moved pixels are interpolated. All operations are computed for the whole batch and each image takes its own: to
-    gather the images that drew one, the host would have to wait for the device to count them.
+    that strengths are not rounded to 31 levels, that an image is shifted by at most half its side, not by all of it,
+    and sheared about its middle, not about a corner, so that more of it stays in sight. Moved pixels are interpolated.
+    All operations are computed for the whole batch and each image takes its own: to gather the images that drew one,
+    the host would have to wait for the device to count them.
     """
     B, C, S, _ = images.shape
     op = torch.randint(len(TRIVIAL_OPS), (B, 1, 1, 1), device=images.device)  # (B, 1, 1, 1)

@@ -109,13 +109,15 @@ def train_teacher(config, dataset):
     teacher = settings.resolve(settings.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
     path, last = os.path.join(teacher.folder, "model.pt"), os.path.join(teacher.folder, "last.pt")
     trained = os.path.exists(path)
-    if trained and os.path.exists(last):
+    if os.path.exists(last):
         checkpoint = load(last)
         differ = differences(checkpoint.get("config", {}), teacher, {"amp", *FREE_FIELDS} - {"epochs"})
         if differ:
-            raise InputError(f"{path} was not trained by its preset ({differ}): name it with --teacher to take it all "
-                             f"the same, or move {teacher.folder} away")
-        trained = load(path).get("step") == checkpoint.get("step")  # else the run went on and was stopped
+            take_it = f"name {path} with --teacher to take it all the same, or " if trained else ""
+            raise InputError(f"the teacher in {teacher.folder} is not of its preset ({differ}): {take_it}move that "
+                             "folder away")
+        # Else the run went on, and was stopped.
+        trained = trained and load(path).get("step") == checkpoint.get("step")
     if not trained:
         teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume

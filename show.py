@@ -186,8 +186,12 @@ def load_trained(args):
 
 
 def load_for(about, args):
-    """The data set of the command line, or the model's own. InputError if its classes are not those of the model."""
-    dataset = load_dataset(args.dataset or about.get("dataset", "auto"), args.data_dir)
+    """The data set of the command line, or the model's own; of a run with --hold-out the images held out then.
+
+    InputError if its classes are not those of the model.
+    """
+    dataset = load_dataset(args.dataset or about.get("dataset", "auto"), args.data_dir, about.get("hold_out", 0),
+                           about.get("seed", 0))
     if dataset.classes != about["classes"]:
         raise InputError(f"{args.model} was trained on other classes than these of {dataset.name}: name its own data "
                          "with --dataset and --data-dir")
@@ -221,6 +225,7 @@ def confusion(args):
     dataset = load_for(about, args)
     dataset.mean, dataset.std = about["mean"], about["std"]
     labels, K = dataset.test_labels, len(dataset.classes)
+    print(f"{dataset.name}, {len(labels)} {dataset.test_split} images")
     plain = probabilities(model, dataset)  # (N, K)
     mirrored = probabilities(model, dataclasses.replace(dataset, test_images=dataset.test_images.flip(3)))  # (N, K)
     for kind, probability in (("without", plain), ("with", (plain + mirrored) / 2)):

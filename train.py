@@ -359,7 +359,7 @@ def count_steps(config, images, processes):
         raise InputError(f"--batch-size {config.batch_size} is not divisible by {processes} processes")
     total_steps = config.epochs * steps_per_epoch
     # The warm-up is in epochs, so that --epochs leaves it alone, but never more than a fifth of a short run.
-    return steps_per_epoch, total_steps, min(round(config.warmup * steps_per_epoch), total_steps // 5)
+    return steps_per_epoch, total_steps, round(min(config.warmup * steps_per_epoch, total_steps // 5))
 
 
 stopped_by = []  # the signal that asked the run to stop, once one did
@@ -572,8 +572,9 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         peak_memory_bytes=peak_memory(device))
     if rank == 0:
         weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
-        save(dict(model=config.model, options=options, dataset=dataset.name, classes=dataset.classes,
-                  mean=dataset.mean.cpu(), std=dataset.std.cpu(), step=step, state_dict=weights), model_path)
+        save(dict(model=config.model, options=options, dataset=dataset.name, hold_out=config.hold_out,
+                  seed=config.seed, classes=dataset.classes, mean=dataset.mean.cpu(), std=dataset.std.cpu(), step=step,
+                  state_dict=weights), model_path)
     print(f"{note}{dataset.test_split} accuracy {accuracy:.4f} (last epoch, no TTA) in {seconds:.0f} s, {model_path}")
     if processes > 1:
         dist.barrier()  # nobody leaves before the files are written
@@ -594,7 +595,7 @@ def main(config_class=Config, start=lambda config: run(resolve(config)), descrip
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        sys.exit("error: out of memory: lower --batch-size, or choose --size tiny")
+        sys.exit("error: out of memory: lower --batch-size and start again with --overwrite, or choose --size tiny")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

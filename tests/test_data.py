@@ -254,6 +254,17 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path):
          torch.from_numpy(np.array(upright)).permute(2, 0, 1).float(), 1)
 
 
+def test_a_picture_of_16_bits_is_scaled_and_not_cut_off(tmp_path):
+    ramp = np.arange(32 * 32).reshape(32, 32) * 64 % 65536  # from 0 to nearly 65,536
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / name)
+        image = data.read_image(tmp_path / name)
+        assert torch.equal(image, torch.from_numpy(ramp // 256).expand(3, -1, -1).to(torch.uint8))
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(data.InputError, match="f.tif .*8 or 16 bits"):
+        data.read_image(tmp_path / "f.tif")
+
+
 def test_folder_that_cannot_be_used(tmp_path):
     """No, too few or broken images, one class, differing classes, unknown parts: InputError with the name in it."""
     (tmp_path / "empty").mkdir()

@@ -231,6 +231,19 @@ def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsy
     assert load(path)["step"] == 2 * checkpoint["step"]
 
 
+def test_a_teacher_that_was_stopped_with_other_options_is_refused(tmp_path, monkeypatch):
+    """The student's command line cannot change them, so the advice is not to resume it with its own."""
+    folder = tmp_path / "resnet18-tiny-full-shapes-0"
+    monkeypatch.setattr(train, "stopped_by", [2])
+    with pytest.raises(SystemExit):
+        train.run(resolve(parse_config(argv=["--model", "resnet18", "--epochs", "30", "--lr", "0.001", "--dataset",
+                                             "shapes", "--size", "tiny", "--device", "cpu", "--out", str(tmp_path)])))
+    monkeypatch.setattr(train, "stopped_by", [])
+    assert (folder / "last.pt").exists() and not (folder / "model.pt").exists()
+    with pytest.raises(data.InputError, match=r"--epochs 30 -> 5, --lr 0.001 -> 0.004\): move that folder away"):
+        start(tmp_path, "--epochs", "1")
+
+
 def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fewer_shapes):
     made = []
     monkeypatch.setattr(train, "run", lambda config, **_: made.append(config))

@@ -119,6 +119,19 @@ def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
     assert [line[0] for line in lines] == list(data.SHAPES)
 
 
+def test_confusion_leaves_the_test_set_alone_if_the_run_did(tmp_path, monkeypatch, capsys):
+    argv = ["--model", "vit", "--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--epochs", "1", "--seed",
+            "3", "--dim", "16", "--depth", "1", "--heads", "2", "--hold-out", "500", "--out", str(tmp_path)]
+    train.run(resolve(parse_config(argv=[*argv, "--name", "h"])))
+    capsys.readouterr()
+    seen, probabilities = [], show.probabilities
+    monkeypatch.setattr(show, "probabilities", lambda *given: seen.append(given[1]) or probabilities(*given))
+    call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt")
+    assert capsys.readouterr().out.splitlines()[0] == "shapes, 500 hold-out images"
+    held_out = data.load_dataset("shapes", hold_out=500, seed=3)
+    assert torch.equal(seen[0].test_images, held_out.test_images)
+
+
 def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path, monkeypatch, runs, capsys):
     Image.new("L", (50, 90), 128).save(tmp_path / "grey.png")
     Image.new("RGBA", (20, 10), "red").save(tmp_path / "small.png")
