@@ -459,10 +459,13 @@ def traps(args):
     for who, muon in muons.items():
         report(f"Muon, a step of the {args.size} ViT's {len(matrices)} matrices: {who}", milliseconds(muon.step))
     if device == "cpu":
-        for kept in (False, True):
-            speed, _ = alone(command_line(args, "hybrid", args.size), args.windows, args.seconds, kept)
-            report(f"{args.size} hybrid, freed memory {'kept' if kept else 'given back'}",
-                   f"{speed:.0f} images/s" if speed else "out of memory")
+        for name in ("vit", "hybrid"):
+            speeds = {False: [], True: []}
+            for kept in (False, True) * args.windows:  # in turns
+                speeds[kept].append(alone(command_line(args, name, args.size), 1, args.seconds, kept)[0])
+            for kept, found in speeds.items():
+                report(f"{args.size} {name}, freed memory {'kept' if kept else 'given back'}",
+                       "out of memory" if None in found else f"{statistics.median(found):.0f} images/s")
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")
