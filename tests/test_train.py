@@ -128,7 +128,7 @@ def test_out_of_memory_names_the_flag_to_lower(monkeypatch):
     def fail(_):
         raise torch.OutOfMemoryError
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit, match="--batch-size"):
+    with pytest.raises(SystemExit, match="--batch-size .*--overwrite"):
         train.main(start=fail)
 
 
@@ -150,6 +150,7 @@ def test_a_short_run_warms_up_for_a_fifth_of_it_at_most():
     assert train.count_steps(base("200"), 50_000, 1) == (100, 20_000, 1000)
     assert train.count_steps(base("20"), 50_000, 1) == (100, 2000, 400)
     assert train.count_steps(config("--size", "tiny", "--epochs", "1"), 50_000, 1) == (200, 200, 40)
+    assert train.count_steps(config("--size", "tiny", "--warmup", "1e308"), 50_000, 1) == (200, 800, 160)
 
 
 @pytest.mark.parametrize("name, encoder", [("vit", "explicit"), ("hybrid", "explicit"), ("vit", "builtin")])
