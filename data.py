@@ -143,8 +143,10 @@ def read_image(path):
     """A picture file as uint8 (3, S, S), S = 32: RGB, scaled and cropped. InputError if it cannot be read."""
     try:
         with Image.open(path) as image:
+            kind = image.format
             image = ImageOps.exif_transpose(image)  # cameras store which side is up in EXIF
-            if image.mode.startswith("I;16"):  # 16 bits of grey: convert would make all from 255 on white
+            # 16 bits of grey, for some formats in numbers of 32: convert would make all from 255 on white.
+            if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError("its numbers have no fixed range: save it with 8 or 16 bits")

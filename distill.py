@@ -110,10 +110,13 @@ def train_teacher(config, dataset):
     path, last = os.path.join(teacher.folder, "model.pt"), os.path.join(teacher.folder, "last.pt")
     trained = os.path.exists(path)
     if os.path.exists(last):
-        checkpoint = load(last)
+        take_it = f"name {path} with --teacher to take it all the same, or " if trained else ""
+        try:
+            checkpoint = load(last)
+        except InputError:
+            raise InputError(f"cannot read {last}, the teacher's: {take_it}move {teacher.folder} away") from None
         differ = differences(checkpoint.get("config", {}), teacher, {"amp", *FREE_FIELDS} - {"epochs"})
         if differ:
-            take_it = f"name {path} with --teacher to take it all the same, or " if trained else ""
             raise InputError(f"the teacher in {teacher.folder} is not of its preset ({differ}): {take_it}move that "
                              "folder away")
         # Else the run went on, and was stopped.

@@ -186,15 +186,19 @@ def load_trained(args):
 
 
 def load_for(about, args):
-    """The data set of the command line, or the model's own; of a run with --hold-out the images held out then.
+    """The data set of the command line, or the model's own; if that run held images out, they are the test set.
 
-    InputError if its classes are not those of the model.
+    InputError if its classes are not those of the model, or if other images were held out.
     """
-    dataset = load_dataset(args.dataset or about.get("dataset", "auto"), args.data_dir, about.get("hold_out", 0),
-                           about.get("seed", 0))
+    name = args.dataset or about.get("dataset", "auto")
+    hold_out = about.get("hold_out", 0) if name == about.get("dataset") else 0
+    dataset = load_dataset(name, args.data_dir, hold_out, about.get("seed", 0))
     if dataset.classes != about["classes"]:
         raise InputError(f"{args.model} was trained on other classes than these of {dataset.name}: name its own data "
                          "with --dataset and --data-dir")
+    if hold_out and not torch.allclose(dataset.mean, about["mean"], atol=1e-6):
+        raise InputError(f"{args.model} was trained on other images than these of {name}, so those that it held out are "
+                         "not known: name its own data with --data-dir")
     return dataset
 
 
@@ -220,7 +224,7 @@ def calibration_error(probability, labels, bins=15):
 
 
 def confusion(args):
-    """Per-class accuracy, the confusion matrix and the calibration error on the test set, without and with flip TTA."""
+    """Per-class accuracy, the confusion matrix and the calibration error, without and with flip TTA: see load_for."""
     model, about = load_trained(args)
     dataset = load_for(about, args)
     dataset.mean, dataset.std = about["mean"], about["std"]

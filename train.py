@@ -595,7 +595,8 @@ def main(config_class=Config, start=lambda config: run(resolve(config)), descrip
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        sys.exit("error: out of memory: lower --batch-size and start again with --overwrite, or choose --size tiny")
+        sys.exit("error: out of memory: close other programs, or start again with --overwrite and a lower "
+                 "--batch-size, or choose --size tiny")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -255,14 +255,24 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path):
 
 
 def test_a_picture_of_16_bits_is_scaled_and_not_cut_off(tmp_path):
-    ramp = np.arange(32 * 32).reshape(32, 32) * 64 % 65536  # from 0 to nearly 65,536
-    for name in ("a.png", "a.tif"):
-        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / name)
-        image = data.read_image(tmp_path / name)
-        assert torch.equal(image, torch.from_numpy(ramp // 256).expand(3, -1, -1).to(torch.uint8))
-    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(data.InputError, match="f.tif .*8 or 16 bits"):
-        data.read_image(tmp_path / "f.tif")
+    """Of either byte order, in any format that has them, and turned as its EXIF says. Of 32 bits, the range is unknown."""
+    ramp = np.arange(32 * 32).reshape(32, 32) * 64  # from 0 to nearly 65,536
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the file's left is the picture's top
+    little, big = ramp.astype("<u2"), ramp.astype(">u2")
+    Image.fromarray(little).save(tmp_path / "a.png")
+    Image.fromarray(little).save(tmp_path / "a.tif")
+    Image.frombytes("I;16B", (32, 32), big.tobytes()).save(tmp_path / "b.tif")
+    (tmp_path / "a.pgm").write_bytes(b"P5 32 32 65535\n" + big.tobytes())
+    Image.fromarray(little).save(tmp_path / "turned.png", exif=exif)
+    expected = torch.from_numpy(ramp // 256).to(torch.uint8)  # (S, S)
+    for name in ("a.png", "a.tif", "b.tif", "a.pgm"):
+        assert torch.equal(data.read_image(tmp_path / name), expected.expand(3, -1, -1)), name
+    assert torch.equal(data.read_image(tmp_path / "turned.png")[0], expected.rot90(-1))
+    for name, dtype in (("f.tif", np.float32), ("i.tif", np.int32)):
+        Image.fromarray(ramp.astype(dtype)).save(tmp_path / name)
+        with pytest.raises(data.InputError, match=f"{name} .*8 or 16 bits"):
+            data.read_image(tmp_path / name)
 
 
 def test_folder_that_cannot_be_used(tmp_path):

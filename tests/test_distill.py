@@ -242,6 +242,9 @@ def test_a_teacher_that_was_stopped_with_other_options_is_refused(tmp_path, monk
     assert (folder / "last.pt").exists() and not (folder / "model.pt").exists()
     with pytest.raises(data.InputError, match=r"--epochs 30 -> 5, --lr 0.001 -> 0.004\): move that folder away"):
         start(tmp_path, "--epochs", "1")
+    (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:2000])
+    with pytest.raises(data.InputError, match="cannot read .*last.pt, the teacher's: move .*resnet18.* away"):
+        start(tmp_path, "--epochs", "1")
 
 
 def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fewer_shapes):

@@ -130,6 +130,14 @@ def test_confusion_leaves_the_test_set_alone_if_the_run_did(tmp_path, monkeypatc
     assert capsys.readouterr().out.splitlines()[0] == "shapes, 500 hold-out images"
     held_out = data.load_dataset("shapes", hold_out=500, seed=3)
     assert torch.equal(seen[0].test_images, held_out.test_images)
+    path = tmp_path / "h" / "model.pt"
+    content = torch.load(path)
+    torch.save(content | dict(mean=content["mean"] + 0.01), path)  # as if images had been added since
+    with pytest.raises(SystemExit, match="held out are not known"):
+        call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt")
+    torch.save(content | dict(dataset="folder"), path)  # to other data than its own it may be shown, whole
+    call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt", "--dataset", "shapes")
+    assert capsys.readouterr().out.splitlines()[0] == "shapes, 1000 test images"
 
 
 def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path, monkeypatch, runs, capsys):

@@ -128,7 +128,7 @@ def test_out_of_memory_names_the_flag_to_lower(monkeypatch):
     def fail(_):
         raise torch.OutOfMemoryError
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit, match="--batch-size .*--overwrite"):
+    with pytest.raises(SystemExit, match="--overwrite .*--batch-size"):
         train.main(start=fail)
 
 
