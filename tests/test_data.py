@@ -255,7 +255,7 @@ def test_a_photo_that_lies_on_its_side_is_turned(tmp_path):
 
 
 def test_a_picture_of_16_bits_is_scaled_and_not_cut_off(tmp_path):
-    """Of either byte order, in any format that has them, and turned as its EXIF says. Of 32 bits, the range is unknown."""
+    """Of either byte order, in any format, and turned as its EXIF says. Of 32 bits, the range is unknown."""
     ramp = np.arange(32 * 32).reshape(32, 32) * 64  # from 0 to nearly 65,536
     exif = Image.Exif()
     exif[0x0112] = 6  # the file's left is the picture's top
