@@ -197,8 +197,8 @@ def load_for(about, args):
         raise InputError(f"{args.model} was trained on other classes than these of {dataset.name}: name its own data "
                          "with --dataset and --data-dir")
     if hold_out and not torch.allclose(dataset.mean, about["mean"], atol=1e-6):
-        raise InputError(f"{args.model} was trained on other images than these of {name}, so those held out are not known: "
-                         "name its own data with --data-dir")
+        raise InputError(f"{args.model} was trained on other images than these of {name}, so those held out are not "
+                         "known: name its own data with --data-dir")
     return dataset
 
 
