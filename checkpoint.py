@@ -56,8 +56,8 @@ def load(path):
             raise
         content = None
     if not isinstance(content, dict):
-        raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project; a run starts again "
-                         "with --overwrite")
+        advice = "; a run starts again with --overwrite" if os.path.basename(path) == "last.pt" else ""
+        raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project{advice}")
     return content
 
 
@@ -101,7 +101,8 @@ def check_folder(config):
     if config.resume and config.overwrite:
         raise InputError("--resume goes on with the run, --overwrite starts it again: choose one")
     if os.path.exists(config.folder) and not config.resume and not config.overwrite:
-        raise InputError(f"{config.folder} exists already: choose another --name, or --resume or --overwrite it")
+        go_on = "--resume or " if os.path.exists(os.path.join(config.folder, "last.pt")) else ""
+        raise InputError(f"{config.folder} exists already: choose another --name, or {go_on}--overwrite it")
 
 
 def load_last(folder):

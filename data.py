@@ -114,6 +114,8 @@ def load_cifar(name, data_dir):
     source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = os.path.join(data_dir, source.base_folder)
     if not os.path.isdir(folder):
+        if os.path.isfile(os.path.join(data_dir, source.test_list[0][0])):
+            raise InputError(f"the files of {name} lie in {data_dir} itself: name the folder around it with --data-dir")
         print(f"{folder} not found, downloading {name}", flush=True)
         try:
             socket.setdefaulttimeout(30)  # a network that swallows packets must not hang the run

@@ -107,6 +107,8 @@ def train_teacher(config, dataset):
     """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`."""
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
     teacher = settings.resolve(settings.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
+    if teacher.batch_size > len(dataset.train_labels):
+        teacher.batch_size = config.batch_size  # which fits: start has seen to it
     path, last = os.path.join(teacher.folder, "model.pt"), os.path.join(teacher.folder, "last.pt")
     trained = os.path.exists(path)
     if os.path.exists(last):

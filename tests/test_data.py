@@ -319,6 +319,9 @@ def test_cifar(tmp_path, monkeypatch):
                 with pytest.raises(data.InputError, match=f"{path.name} is .*{words}"):
                     data.load_dataset(name, str(tmp_path))
         path.write_bytes(whole)
+    for name in ("auto", "cifar10"):
+        with pytest.raises(data.InputError, match="cifar-10-batches-py itself: name the folder around it"):
+            data.load_dataset(name, str(folder))
 
 
 def test_without_data(tmp_path, monkeypatch):

@@ -254,6 +254,11 @@ def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fe
     path = distill.train_teacher(distill.resolve(parse_config(distill.Config, flags)), fewer_shapes)
     assert path == str(tmp_path / "resnet18-tiny-full-shapes-3-hold-out-100" / "model.pt")
     assert (made[0].model, made[0].seed, made[0].hold_out) == ("resnet18", 3, 100)
+    # A batch of the preset's size that is more than all images gives way to the student's.
+    few = dataclasses.replace(fewer_shapes, train_images=fewer_shapes.train_images[:60],
+                              train_labels=fewer_shapes.train_labels[:60])
+    distill.train_teacher(distill.resolve(parse_config(distill.Config, [*flags, "--batch-size", "30"])), few)
+    assert [config.batch_size for config in made] == [PRESETS["resnet18", "tiny"]["batch_size"], 30]
 
 
 # ---- Mistakes
@@ -322,7 +327,7 @@ def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_p
 
 def test_a_taken_name_is_found_out_before_the_teacher_is_trained(tmp_path):
     (tmp_path / "distill-vit-tiny-full-shapes-0").mkdir()
-    with pytest.raises(data.InputError, match="--overwrite"):
+    with pytest.raises(data.InputError, match="another --name, or --overwrite it"):  # there is nothing to resume
         start(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 

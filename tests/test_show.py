@@ -138,6 +138,12 @@ def test_confusion_leaves_the_test_set_alone_if_the_run_did(tmp_path, monkeypatc
     torch.save(content | dict(dataset="folder"), path)  # to other data than its own it may be shown, whole
     call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt", "--dataset", "shapes")
     assert capsys.readouterr().out.splitlines()[0] == "shapes, 1000 test images"
+    torch.save(content | dict(hold_out=0, mean=content["mean"] + 0.01), path)
+    call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt")
+    assert "may have seen some test images" in capsys.readouterr().out
+    path.unlink()  # as if the run had been stopped
+    with pytest.raises(SystemExit, match="no h/model.pt yet: .*--resume"):
+        call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt")
 
 
 def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path, monkeypatch, runs, capsys):
