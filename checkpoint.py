@@ -43,8 +43,11 @@ def save(content, path):
                          "on with --resume") from None
 
 
-def load(path):
-    """What `save` wrote, on the CPU; only tensors and plain values, never code. InputError if missing or not whole."""
+def load(path, advice=""):
+    """What `save` wrote, on the CPU; only tensors and plain values, never code. InputError if missing or not whole.
+
+    advice: what the sentence says at its end of a file that is not whole.
+    """
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch.load does not look at the check sums
@@ -56,7 +59,6 @@ def load(path):
             raise
         content = None
     if not isinstance(content, dict):
-        advice = "; a run starts again with --overwrite" if os.path.basename(path) == "last.pt" else ""
         raise InputError(f"cannot read {path}: it is damaged, or not a checkpoint of this project{advice}")
     return content
 
@@ -111,7 +113,7 @@ def load_last(folder):
     if not os.path.exists(path):
         advice = "give --overwrite in place of --resume" if os.path.exists(folder) else "leave --resume out"
         raise InputError(f"there is no {path} to go on from: {advice}")
-    return load(path)
+    return load(path, "; a run starts again with --overwrite")
 
 
 LOCKS = {}  # the folders that this process writes to, each with the open file that the system unlocks when it ends

@@ -193,12 +193,13 @@ def load_for(about, args):
     InputError if its classes are not those of the model, or if other images were held out.
     """
     name = args.dataset or about.get("dataset", "auto")
-    hold_out = about.get("hold_out", 0) if name == about.get("dataset") else 0
+    own = name == about.get("dataset")
+    hold_out = about.get("hold_out", 0) if own else 0
     dataset = load_dataset(name, args.data_dir, hold_out, about.get("seed", 0))
     if dataset.classes != about["classes"]:
         raise InputError(f"{args.model} was trained on other classes than these of {dataset.name}: name its own data "
                          "with --dataset and --data-dir")
-    if name == about.get("dataset") and not torch.allclose(dataset.mean, about["mean"], atol=1e-6):
+    if own and not torch.allclose(dataset.mean, about["mean"], atol=1e-6):
         if hold_out:
             raise InputError(f"{args.model} was trained on other images than these of {name}, so those held out are "
                              "not known: name its own data with --data-dir")
