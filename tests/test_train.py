@@ -458,6 +458,9 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
             load_model(tmp_path / "broken.pt")
     with pytest.raises(data.InputError, match="last.pt"):
         load_model(tmp_path / "a" / "last.pt")
+    (tmp_path / "a" / "last.pt").write_bytes(whole[:-100])
+    with pytest.raises(data.InputError, match="last.pt: it is damaged.*starts again with --overwrite"):
+        run(tmp_path, "--name", "a", "--epochs", "1", "--patch-size", "16", "--resume")
 
 
 def test_hold_out_is_what_is_measured_and_said(tmp_path, capsys):
