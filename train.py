@@ -25,6 +25,7 @@ import signal
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -106,6 +107,39 @@ def orthogonalise(matrices, dtype=torch.float32):
     return x.mT if tall else x  # (n, O, I)
 
 
+def orthogonal_steps(tensors, dtype=torch.float32):
+    """Replace each tensor by the orthogonal matrix near it, in the size of a step of AdamW. Builds on orthogonalise.
+
+    tensors: a list of matrices (O, I) and kernels (O, C, k, k), which count as matrices (O, C*k*k); changed in place.
+    """
+    alike = {}  # by shape: all of a shape go through each product together, in one launch on a GPU
+    for tensor in tensors:
+        alike.setdefault(tensor.shape, []).append(tensor)
+    for same in alike.values():
+        matrices = orthogonalise(torch.stack(same).flatten(2), dtype)  # (n, O, C*k*k)
+        # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
+        matrices = matrices.float() * (0.2 * max(matrices.shape[1:]) ** 0.5)
+        for tensor, matrix in zip(same, matrices):
+            tensor.copy_(matrix.reshape(tensor.shape))  # (O, C, k, k)
+
+
+def as_graph(function):
+    """A CUDA function without arguments as one launch: a CUDA graph of all that it launches. Returns what launches it.
+
+    To launch hundreds of small products one by one takes the host longer than the GPU needs for them. The function is
+    called twice here, and must read and write the same tensors each time, in the same places.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()  # its first call may set up what cannot be recorded
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+        function()
+    return graph.replay
+
+
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
@@ -114,33 +148,32 @@ class Muon(torch.optim.Optimizer):
     patch. The step is scaled to the size that AdamW's would have (Liu et al. 2025, 2502.16982), and weights decay as in
     AdamW. `dtype` is that of the products. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bf16,
     one matrix after another, and takes no kernels. Where bf16 is emulated, as on CPUs without AVX512-BF16 or AMX, that
-    takes longer than all the rest of a training step. Builds on orthogonalise.
+    takes longer than all the rest of a training step. Builds on orthogonal_steps and, on a GPU, as_graph.
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.dtype = dtype
+        self.work = []  # for each group its steps, which a CUDA graph needs in the same place each time, and what
+        for group in self.param_groups:  # makes them orthogonal
+            steps = [torch.zeros_like(p) for p in group["params"]]
+            make_orthogonal = partial(orthogonal_steps, steps, dtype)
+            self.work.append((steps, as_graph(make_orthogonal) if steps[0].is_cuda else make_orthogonal))
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            alike = {}  # parameters by shape: a GPU does the products of all of a shape in one launch
-            for p in group["params"]:
-                alike.setdefault(p.shape, []).append(p)
-            for shape, params in alike.items():
-                for p in params:
-                    if p not in self.state:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
-                # foreach: one launch for a list of tensors, if their memory layouts agree.
-                torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-                nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"]))  # (n, O, C, k, k)
-                updates = orthogonalise(nesterov.flatten(2), self.dtype)  # (n, O, C*k*k)
-                # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
-                scale = 0.2 * max(updates.shape[1:]) ** 0.5
-                updates = nesterov.copy_(updates.reshape(nesterov.shape)).unbind()  # in float32 and the kernels' shape
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
+        for group, (steps, make_orthogonal) in zip(self.param_groups, self.work):
+            params, beta = group["params"], group["momentum"]
+            for p in params:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            # foreach: one launch for a list of tensors, if their memory layouts agree.
+            torch._foreach_lerp_(momenta, grads, 1 - beta)
+            torch._foreach_copy_(steps, grads)
+            torch._foreach_lerp_(steps, momenta, beta)  # Nesterov's: a look ahead
+            make_orthogonal()
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, steps, alpha=-group["lr"])
 
 
 def make_optimizers(model, config):

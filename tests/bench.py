@@ -59,21 +59,6 @@ def matrix_rate(config):
     return 2 * n**3 / timer.blocked_autorange(min_run_time=1).median
 
 
-def as_graph(function, device):
-    """On a GPU, the function as a CUDA graph, one launch, as in a compiled run: else short kernels wait for theirs."""
-    if device != "cuda":
-        return function
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a recording may not be the first call
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 class Marks:
     """Moments of a step, on the device's own clock: a GPU notes them when its work gets there, and nothing waits."""
 
@@ -444,7 +429,8 @@ def traps(args):
         for kernel in [*kernels, None]:
             try:
                 finite = forward_and_backward(kernel).isfinite().all()
-                outcome = milliseconds(as_graph(lambda: forward_and_backward(kernel), device))
+                step = lambda: forward_and_backward(kernel)
+                outcome = milliseconds(train.as_graph(step) if device == "cuda" else step)
                 outcome += "" if finite else ", NAN in the gradient"
             except RuntimeError as error:  # no available kernel
                 outcome = "out of memory" if out_of_memory(error) else "not available"

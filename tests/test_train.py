@@ -185,6 +185,23 @@ def test_muon_is_torchs_muon_and_takes_a_kernel_as_the_matrix_of_its_patches(dty
         assert (p.flatten(1) - q).norm() < 0.025 * (q - start.flatten(1)).norm()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_muon_is_one_launch_and_steps_as_on_a_cpu():
+    weights = [torch.randn(40, 4, 3, 3).to(memory_format=torch.channels_last), torch.randn(16, 8), torch.randn(16, 8)]
+    here, there = ([nn.Parameter(weight.to(device).clone()) for weight in weights] for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (train.Muon(parameters, lr=0.1, momentum=0.9) for parameters in (here, there))
+    for step in range(4):
+        if step == 2:  # what a graph recorded must not depend on what is loaded
+            on_gpu.load_state_dict(on_gpu.state_dict())
+        for p, q in zip(here, there):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.cuda()  # each time in another place
+        on_cpu.step(), on_gpu.step()
+        assert isinstance(on_gpu.work[0][1].__self__, torch.cuda.CUDAGraph)
+    for p, q, start in zip(here, there, weights):
+        assert (p - q.cpu()).norm() < 0.025 * (p - start).norm()
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8)])
 def test_orthogonalising_keeps_the_singular_vectors_and_makes_the_values_about_one(shape):
     matrices = torch.randn(shape)
