@@ -13,16 +13,19 @@ cd "$(dirname "$0")/.."
 # name, the sizes it is run at, command
 rows() {
     cat <<'ROWS'
-vit-plain         both  train.py --model vit --recipe basic --pool cls --optimizer adamw --lr 1e-3 --whiten off --pos-init noise
-vit-basic         both  train.py --model vit --recipe basic --pool cls
-vit               both  train.py --model vit
-hybrid-builtin    both  train.py --model hybrid --encoder builtin
-hybrid            both  train.py --model hybrid
-hybrid-12-epochs  tiny  train.py --model hybrid --epochs 12
-hybrid-mixed      tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
-resnet18          both  train.py --model resnet18
-vit-distilled     both  distill.py --student vit
-hybrid-distilled  both  distill.py --student hybrid
+vit-plain           both  train.py --model vit --recipe basic --pool cls --optimizer adamw --lr 1e-3 --whiten off --pos-init noise
+vit-basic           both  train.py --model vit --recipe basic --pool cls
+vit                 both  train.py --model vit
+hybrid-builtin      both  train.py --model hybrid --encoder builtin
+hybrid              both  train.py --model hybrid
+hybrid-20-epochs    base  train.py --model hybrid --epochs 20 --compile on
+hybrid-100-epochs   base  train.py --model hybrid --epochs 100
+hybrid-12-epochs    tiny  train.py --model hybrid --epochs 12
+hybrid-mixed        tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
+resnet18            both  train.py --model resnet18
+resnet18-100-epochs base  train.py --model resnet18 --epochs 100
+vit-distilled       both  distill.py --student vit
+hybrid-distilled    both  distill.py --student hybrid
 ROWS
 }
 
@@ -71,9 +74,7 @@ drop-path-0.2      base  vit            train.py --model vit --drop-path 0.2
 no-ema             base  vit            train.py --model vit --ema 0
 epochs-50          base  vit            train.py --model vit --epochs 50
 epochs-200         base  vit            train.py --model vit --epochs 200
-hybrid-100-epochs  base  hybrid         train.py --model hybrid --epochs 100
 builtin-100-epochs base  hybrid-builtin train.py --model hybrid --encoder builtin --epochs 100
-resnet-100-epochs  base  resnet18       train.py --model resnet18 --epochs 100
 temperature-1      both  vit-distilled  distill.py --student vit --temperature 1
 temperature-4      both  vit-distilled  distill.py --student vit --temperature 4
 alpha-0.5          both  vit-distilled  distill.py --student vit --alpha 0.5
