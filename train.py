@@ -485,6 +485,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     if checkpoint:
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, config)
         began -= seconds  # the clock goes on from where it stood
+        epochs_before = checkpoint["config"]["epochs"]
         del checkpoint  # and its copy of the weights
         if step >= total_steps:  # it has had its last epoch, and may have been stopped before it wrote model.pt
             finished = os.path.exists(model_path) and load(model_path).get("step") == step
@@ -498,6 +499,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                 print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
                       f"{accuracy:.4f}: ask for more with --epochs")
                 return accuracy
+        if epochs_before != config.epochs:
+            print(f"goes on to {config.epochs} epochs, not {epochs_before}: the learning rate follows the new schedule")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0

@@ -489,6 +489,14 @@ def test_hold_out_is_what_is_measured_and_said(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("hold-out accuracy")
 
 
+def test_a_resumed_run_says_if_it_has_another_number_of_epochs(tmp_path, capsys):
+    """Who leaves --epochs out gets the preset's, and with it another schedule."""
+    flags = ["--name", "e", "--batch-size", "2000"]
+    for epochs, said in (("1", 0), ("2", 1)):
+        run(tmp_path, *flags, "--epochs", epochs, *(["--resume"] if said else []))
+        assert capsys.readouterr().out.count("goes on to 2 epochs, not 1: the learning rate follows") == said
+
+
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
     flags = ["--name", "f", "--epochs", "2", "--patch-size", "16"]
     accuracy, log = run(tmp_path, *flags)
