@@ -5,8 +5,8 @@
 #
 # Without ROW, all of them. Each run leaves its log as results/SIZE/ROW-SEED.jsonl, and its weights in runs/. A log that
 # is there already is not made again, and a run that was stopped goes on, so this can be stopped and started at will.
-# --jobs N runs N side by side: in less time together, but the seconds of each are then those of a shared machine. Each
-# gets an equal part of the cores, or $OMP_NUM_THREADS of them. $DATA_DIR says where CIFAR-10 lies.
+# --jobs N runs N side by side, on a CPU in less time together, but the seconds of each are then those of a shared
+# machine. Each gets an equal part of the cores, or $OMP_NUM_THREADS of them. $DATA_DIR says where CIFAR-10 lies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
