@@ -112,8 +112,7 @@ class Config:
 # Presets
 
 # How each size trains. A tiny run sees every image only a few times: it underfits, and strong regularisation would only
-# slow it down, so its full recipe is label smoothing. A base run sees every image 100 times, and needs all
-# there is.
+# slow it down, so its full recipe is label smoothing. A base run sees every image 100 times, and needs all there is.
 NO_REGULARISATION = dict(trivial=0.0, jitter=0.0, erasing=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
 AUGMENTATION = ("crop", *NO_REGULARISATION)  # the options that train_batches takes
 TINY = dict(NO_REGULARISATION, crop=2, label_smoothing=0.1, batch_size=250, optimizer="muon", lr=4e-3, muon_lr=0.015,

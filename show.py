@@ -152,13 +152,13 @@ def curves(args):
         raise InputError("curves needs matplotlib: pip install matplotlib") from None
     figure, (losses, above, accuracies) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for path in args.paths:
+        name = os.path.basename(os.path.abspath(path).removesuffix("/log.jsonl")).removesuffix(".jsonl")
         path = os.path.join(path, "log.jsonl") if os.path.isdir(path) else path
         log = read_log(path)
         epochs = [line for line in log if line["event"] == "epoch"]
         if not epochs:
             raise InputError(f"{path} has no epoch yet: wait for the end of its first one")
         x, loss, floor = zip(*((line["epoch"], line["train_loss"], line["loss_floor"]) for line in epochs))
-        name = log[0]["config"]["name"]
         color = losses.plot(x, loss, marker=".", label=name)[0].get_color()
         losses.plot(x, floor, color=color, linestyle="--")
         above.plot(x, [a - b for a, b in zip(loss, floor)], marker=".", label=name)

@@ -1,7 +1,7 @@
 """Train a Vision Transformer, a ResNet-18 + Transformer hybrid or a ResNet-18 from scratch on CIFAR-10.
 
     python train.py                       a ViT: 94.61 % on an H200 (n = 1), 80.41 +- 0.14 % on two CPU cores (n = 3)
-    python train.py --model hybrid        96.45 % (n = 1), and 90.29 +- 0.08 % (n = 5) in 337 s (AMD EPYC, bf16)
+    python train.py --model hybrid        96.45 % on an H200 (n = 1), 90.29 +- 0.08 % on two CPU cores (n = 5, 337 s)
     python train.py --help                every option, with its default
 
 From top to bottom: the model, the schedule, the optimizers, precision, evaluation, several processes, and `run`, the
@@ -499,7 +499,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                 print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
                       f"{accuracy:.4f}: ask for more with --epochs")
                 return accuracy
-        if epochs_before != config.epochs:
+        if epochs_before != config.epochs and step < total_steps:
             print(f"goes on to {config.epochs} epochs, not {epochs_before}: the learning rate follows the new schedule")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 

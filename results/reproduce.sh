@@ -34,54 +34,54 @@ ROWS
 # name, sizes, the row that it is compared with, command
 ablations() {
     cat <<'ABLATIONS'
-patch-2           both  vit              train.py --model vit --patch-size 2
-patch-8           both  vit              train.py --model vit --patch-size 8
-patch-8-15-epochs tiny  vit              train.py --model vit --patch-size 8 --epochs 15
-cls               both  vit              train.py --model vit --pool cls
-not-whitened      both  vit              train.py --model vit --whiten off
-pos-noise         both  vit              train.py --model vit --pos-init noise
-gamma-none        both  vit              train.py --model vit --gamma-init none
-gamma-1e-5        both  vit              train.py --model vit --gamma-init 1e-5
-gamma-1e-4        both  vit              train.py --model vit --gamma-init 1e-4
-gamma-1e-2        both  vit              train.py --model vit --gamma-init 1e-2
-gamma-0.1         both  vit              train.py --model vit --gamma-init 0.1
-adamw-5e-4        both  vit              train.py --model vit --optimizer adamw --lr 5e-4
-adamw-1e-3        both  vit              train.py --model vit --optimizer adamw --lr 1e-3
-adamw-2e-3        both  vit              train.py --model vit --optimizer adamw --lr 2e-3
-adamw-4e-3        both  vit              train.py --model vit --optimizer adamw --lr 4e-3
-muon-0.00125      base  vit              train.py --model vit --optimizer muon --muon-lr 0.00125
-muon-0.0025       tiny  vit              train.py --model vit --optimizer muon --muon-lr 0.0025
-muon-0.005        base  vit              train.py --model vit --optimizer muon --muon-lr 0.005
-muon-0.01         both  vit              train.py --model vit --optimizer muon --muon-lr 0.01
-muon-0.02         base  vit              train.py --model vit --optimizer muon --muon-lr 0.02
-basic             both  vit              train.py --model vit --recipe basic
-basic-trivial     both  basic            train.py --model vit --recipe basic --trivial 0.5
-basic-jitter      both  basic            train.py --model vit --recipe basic --jitter 0.1
-basic-erasing     both  basic            train.py --model vit --recipe basic --erasing 0.25
-basic-smoothing   base  basic            train.py --model vit --recipe basic --label-smoothing 0.1
-basic-mixup       both  basic            train.py --model vit --recipe basic --mixup 0.2
-basic-cutmix      both  basic            train.py --model vit --recipe basic --cutmix 1
-basic-drop-path   both  basic            train.py --model vit --recipe basic --drop-path 0.1
-basic-ema         base  basic            train.py --model vit --recipe basic --ema 0.998
-hybrid-gamma-0.1  base  hybrid-50-epochs train.py --model hybrid --epochs 50 --gamma-init 0.1
-hybrid-plain      base  hybrid-builtin   train.py --model hybrid --drop-path 0 --gamma-init none
-no-trivial        base  vit              train.py --model vit --trivial 0
-no-jitter         base  vit              train.py --model vit --jitter 0
-no-erasing        base  vit              train.py --model vit --erasing 0
-no-smoothing      base  vit              train.py --model vit --label-smoothing 0
-no-mixup          base  vit              train.py --model vit --mixup 0
-no-cutmix         base  vit              train.py --model vit --cutmix 0
-no-drop-path      base  vit              train.py --model vit --drop-path 0
-drop-path-0.2     base  vit              train.py --model vit --drop-path 0.2
-no-ema            base  vit              train.py --model vit --ema 0
-epochs-50         base  vit              train.py --model vit --epochs 50
-epochs-200        base  vit              train.py --model vit --epochs 200
-temperature-1     both  vit-distilled    distill.py --student vit --temperature 1
-temperature-4     both  vit-distilled    distill.py --student vit --temperature 4
-alpha-0.5         both  vit-distilled    distill.py --student vit --alpha 0.5
-alpha-1           both  vit-distilled    distill.py --student vit --alpha 1
-hard              both  vit-distilled    distill.py --student vit --hard
-distill-token     both  vit-distilled    distill.py --student vit --distill-token
+patch-2           both  vit                      train.py --model vit --patch-size 2
+patch-8           both  vit                      train.py --model vit --patch-size 8
+patch-8-15-epochs tiny  vit                      train.py --model vit --patch-size 8 --epochs 15
+cls               both  vit                      train.py --model vit --pool cls
+not-whitened      both  vit                      train.py --model vit --whiten off
+pos-noise         both  vit                      train.py --model vit --pos-init noise
+gamma-none        both  vit                      train.py --model vit --gamma-init none
+gamma-1e-5        both  vit                      train.py --model vit --gamma-init 1e-5
+gamma-1e-4        both  vit                      train.py --model vit --gamma-init 1e-4
+gamma-1e-2        both  vit                      train.py --model vit --gamma-init 1e-2
+gamma-0.1         both  vit                      train.py --model vit --gamma-init 0.1
+adamw-5e-4        both  vit                      train.py --model vit --optimizer adamw --lr 5e-4
+adamw-1e-3        both  vit                      train.py --model vit --optimizer adamw --lr 1e-3
+adamw-2e-3        both  vit                      train.py --model vit --optimizer adamw --lr 2e-3
+adamw-4e-3        both  vit                      train.py --model vit --optimizer adamw --lr 4e-3
+muon-0.00125      base  vit                      train.py --model vit --optimizer muon --muon-lr 0.00125
+muon-0.0025       tiny  vit                      train.py --model vit --optimizer muon --muon-lr 0.0025
+muon-0.005        base  vit                      train.py --model vit --optimizer muon --muon-lr 0.005
+muon-0.01         both  vit                      train.py --model vit --optimizer muon --muon-lr 0.01
+muon-0.02         base  vit                      train.py --model vit --optimizer muon --muon-lr 0.02
+basic             both  vit                      train.py --model vit --recipe basic
+basic-trivial     both  basic                    train.py --model vit --recipe basic --trivial 0.5
+basic-jitter      both  basic                    train.py --model vit --recipe basic --jitter 0.1
+basic-erasing     both  basic                    train.py --model vit --recipe basic --erasing 0.25
+basic-smoothing   base  basic                    train.py --model vit --recipe basic --label-smoothing 0.1
+basic-mixup       both  basic                    train.py --model vit --recipe basic --mixup 0.2
+basic-cutmix      both  basic                    train.py --model vit --recipe basic --cutmix 1
+basic-drop-path   both  basic                    train.py --model vit --recipe basic --drop-path 0.1
+basic-ema         base  basic                    train.py --model vit --recipe basic --ema 0.998
+hybrid-gamma-0.1  base  hybrid-50-epochs         train.py --model hybrid --epochs 50 --gamma-init 0.1
+hybrid-plain      base  hybrid-builtin-50-epochs train.py --model hybrid --epochs 50 --drop-path 0 --gamma-init none
+no-trivial        base  vit                      train.py --model vit --trivial 0
+no-jitter         base  vit                      train.py --model vit --jitter 0
+no-erasing        base  vit                      train.py --model vit --erasing 0
+no-smoothing      base  vit                      train.py --model vit --label-smoothing 0
+no-mixup          base  vit                      train.py --model vit --mixup 0
+no-cutmix         base  vit                      train.py --model vit --cutmix 0
+no-drop-path      base  vit                      train.py --model vit --drop-path 0
+drop-path-0.2     base  vit                      train.py --model vit --drop-path 0.2
+no-ema            base  vit                      train.py --model vit --ema 0
+epochs-50         base  vit                      train.py --model vit --epochs 50
+epochs-200        base  vit                      train.py --model vit --epochs 200
+temperature-1     both  vit-distilled            distill.py --student vit --temperature 1
+temperature-4     both  vit-distilled            distill.py --student vit --temperature 4
+alpha-0.5         both  vit-distilled            distill.py --student vit --alpha 0.5
+alpha-1           both  vit-distilled            distill.py --student vit --alpha 1
+hard              both  vit-distilled            distill.py --student vit --hard
+distill-token     both  vit-distilled            distill.py --student vit --distill-token
 ABLATIONS
 }
 
@@ -109,14 +109,17 @@ done
 cores=$(getconf _NPROCESSORS_ONLN)
 [ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 
-out=runs/reproduce-$size teacher=runs/reproduce-$size/resnet18-0/model.pt  # one teacher for all seeds
+# One teacher for all seeds; that of base's logs has 50 epochs, not the preset's 100.
+teacher=resnet18-0 teaching="train.py --model resnet18"
+[ "$size" = tiny ] || { teacher=resnet18-50-epochs-0; teaching+=" --epochs 50"; }
+out=runs/reproduce-$size taught=runs/reproduce-$size/$teacher/model.pt
 started=() names=()
 trap 'kill ${started[@]+"${started[@]}"} 2> /dev/null || :; wait; exit 130' INT TERM  # each saves what it has
 
 start() {  # NAME SEED SCRIPT FLAGS...: in the background
     local name=$1 seed=$2 more=()
     shift 2
-    if [ "$1" = distill.py ]; then more+=(--teacher "$teacher"); fi
+    if [ "$1" = distill.py ]; then more+=(--teacher "$taught"); fi
     if [ -e "$out/$name/last.pt" ]; then more+=(--resume); elif [ -e "$out/$name" ]; then more+=(--overwrite); fi
     python "$@" --size "$size" --seed "$seed" --name "$name" --out "$out" --dataset cifar10 ${more[@]+"${more[@]}"} \
         < /dev/null &
@@ -139,9 +142,9 @@ while read -r row command; do
             echo "$row-$seed: results/$size/$row-$seed.jsonl is there"
             continue
         fi
-        if [[ $command == distill.py* && ! -e $teacher ]]; then
+        if [[ $command == distill.py* && ! -e $taught ]]; then
             finish 0  # it may be among them
-            [ -e "$teacher" ] || start resnet18-0 0 train.py --model resnet18
+            [ -e "$taught" ] || start "$teacher" 0 $teaching
             finish 0
         fi
         finish $((jobs - 1))

@@ -365,6 +365,16 @@ def test_reproduce_runs_ablations_side_by_side_and_a_teacher_before_its_students
         "hard-0.jsonl", "patch-8-0.jsonl", "cls-0.jsonl", "resnet18-0.jsonl"}
 
 
+def test_the_students_of_base_learn_from_the_teacher_that_its_logs_name(tmp_path, reproduce):
+    assert reproduce("--size", "base", "hard").wait() == 0
+    teacher, student = (tmp_path / "calls").read_text().splitlines()
+    assert teacher.startswith("train.py --model resnet18 --epochs 50 --size base --seed 0 --name resnet18-50-epochs-0 ")
+    taught = json.loads((ROOT / "results" / "base" / "vit-distilled-0.jsonl").read_text().splitlines()[0])
+    alone = json.loads((ROOT / "results" / "base" / "resnet18-50-epochs-0.jsonl").read_text().splitlines()[-1])
+    assert student.endswith("--teacher runs/reproduce-base/resnet18-50-epochs-0/model.pt")
+    assert abs(taught["teacher"]["accuracy"] - alone["test_accuracy"]) < 5e-4  # it was measured with other kernels
+
+
 @pytest.mark.parametrize("jobs, variables, threads", [
     ("1", {}, "all"), ("3", {}, "2"), ("9", {}, "1"), ("3", {"OMP_NUM_THREADS": "5"}, "5")])
 def test_runs_side_by_side_share_the_cores(tmp_path, reproduce, jobs, variables, threads):
