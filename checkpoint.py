@@ -53,7 +53,8 @@ def load(path, advice=""):
             damaged = file.testzip()  # torch.load does not look at the check sums
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote") from None
+        raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote, as "
+                         "runs/NAME/model.pt") from None
     except Exception as error:  # a damaged file can raise almost anything
         if out_of_memory(error):
             raise
@@ -99,20 +100,22 @@ def differences(was, config, free):
 
 
 def check_folder(config):
-    """InputError if the run's folder exists, and neither --resume nor --overwrite was given."""
+    """InputError if the run's folder exists, and neither --resume nor --overwrite was given, or if --resume finds none.
+    """
     if config.resume and config.overwrite:
         raise InputError("--resume goes on with the run, --overwrite starts it again: choose one")
     if os.path.exists(config.folder) and not config.resume and not config.overwrite:
         go_on = "--resume or " if os.path.exists(os.path.join(config.folder, "last.pt")) else ""
         raise InputError(f"{config.folder} exists already: choose another --name, or {go_on}--overwrite it")
+    if config.resume and not os.path.exists(config.folder):
+        raise InputError(f"there is no {config.folder}/last.pt to go on from: leave --resume out")
 
 
 def load_last(folder):
     """The content of the folder's last.pt. InputError if there is none, or if it is not whole."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
-        advice = "give --overwrite in place of --resume" if os.path.exists(folder) else "leave --resume out"
-        raise InputError(f"there is no {path} to go on from: {advice}")
+        raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
     return load(path, "; a run starts again with --overwrite")
 
 
@@ -143,8 +146,8 @@ def open_run(config):
 
     A folder that is resumed loses the last line of its log if a full disk or a power failure has cut it short.
 
-    InputError if it is taken (see check_folder), if it cannot be written, if there is nothing to resume, or if the
-    resumed run would differ.
+    InputError if it is taken or missing (see check_folder), if it cannot be written, if there is nothing to resume, or
+    if the resumed run would differ.
     """
     check_folder(config)
     folder = config.folder

@@ -64,7 +64,8 @@ def save_grid(rows, titles, captions, path, scale=3):
 def augment(args):
     """A row for each augmentation, and one for all of them together, as the base preset has them."""
     dataset = load_dataset(args.dataset or "auto", args.data_dir)
-    print(f"data set {dataset.name}")  # shapes, if CIFAR-10 was not found
+    fell_back = dataset.name == "shapes" and args.dataset in (None, "auto")
+    print(f"data set {dataset.name}" + (", as CIFAR-10 was not found" if fell_back else ""))
     preset = PRESETS["vit", "base"]
     images = dataset.train_images[: args.count].float() / 255  # (B, 3, S, S)
     targets = soft_targets(dataset.train_labels[: args.count], len(dataset.classes))  # (B, K)

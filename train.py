@@ -34,7 +34,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from checkpoint import describe_machine, git_commit, load, load_last, open_run, out_of_memory, peak_memory, save
+from checkpoint import (check_folder, describe_machine, git_commit, load, load_last, open_run, out_of_memory,
+                        peak_memory, save)
 from config import AUGMENTATION, Config, model_options, parse_config, resolve
 from data import InputError, entropy, load_dataset, test_batches, train_batches
 from model import build_model, whiten
@@ -417,8 +418,10 @@ def restore(checkpoint, stateful, data, config):
     try:
         was = data | checkpoint["data"]  # an earlier version knew less of its data
         if was != data:
+            missing = ", as CIFAR-10 was not found" if data["fell_back"] else ""
             raise InputError(f"{config.folder}/last.pt was trained on {was['train']} images of {was['name']}, not on "
-                             f"these {data['train']} of {data['name']}: name its own with --dataset and --data-dir")
+                             f"these {data['train']} of {data['name']}{missing}: name its own with --dataset and "
+                             "--data-dir")
         for name, part in stateful.items():
             if checkpoint[name]:  # a GradScaler that was off has no state
                 part.load_state_dict(checkpoint[name])
@@ -444,6 +447,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     device = config.device
     use_fast_kernels()
     amp, autocast = choose_amp(config), make_autocast(config)
+    if rank == 0:
+        check_folder(config)  # a name that is taken is not to be found out after a download
     dataset = dataset or load_for_all(config)
     compiled = choose_compile(config, len(dataset.train_labels), processes)
     fell_back = config.dataset == "auto" and dataset.name == "shapes"
@@ -499,8 +504,9 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                 print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
                       f"{accuracy:.4f}: ask for more with --epochs")
                 return accuracy
-        if epochs_before != config.epochs and step < total_steps:
-            print(f"goes on to {config.epochs} epochs, not {epochs_before}: the learning rate follows the new schedule")
+        print(f"goes on from step {step} of {total_steps}")
+        if config.epochs != epochs_before:
+            print(f"it has {config.epochs} epochs now, not {epochs_before}: the learning rate follows the new schedule")
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0
@@ -605,7 +611,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     # The end: the log's last line, and then model.pt, which says that the run is complete.
     seconds = time.perf_counter() - began
     speed = statistics.median(speeds[1:] or speeds)  # the first epoch also compiles
-    training_seconds = sum(steps_per_epoch * config.batch_size / s for s in speeds)  # evaluations left out
+    # Evaluations left out; an epoch that was interrupted counts as if all of it had gone as fast as its rest.
+    training_seconds = sum(steps_per_epoch * config.batch_size / s for s in speeds)
     log("end", test_accuracy=accuracy if dataset.test_split == "test" else None,
         hold_out_accuracy=accuracy if dataset.test_split == "hold-out" else None, seconds=seconds,
         training_seconds=training_seconds, first_step_seconds=first_step_seconds, images_per_second=speed,

@@ -124,6 +124,14 @@ def test_the_exit_status_and_stderr_of_a_real_process(tmp_path):
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "--overwrite in place" in result.stderr
 
 
+@pytest.mark.parametrize("flags, words", [(["--name", "taken"], "exists already"), (["--resume"], "leave --resume out")])
+def test_a_wrong_name_is_found_out_before_the_data_is_loaded(flags, words, monkeypatch, tmp_path):
+    (tmp_path / "taken").mkdir()
+    monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("it would be downloaded"))
+    with pytest.raises(data.InputError, match=words):
+        run(tmp_path, *flags)
+
+
 def test_out_of_memory_names_the_flag_to_lower(monkeypatch):
     def fail(_):
         raise torch.OutOfMemoryError
@@ -441,7 +449,8 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_ends_with_the_same_bits(tmp_path):
     refused = command_line(*flags, "--name", "cut", "--resume", "--lr", "1")
     assert refused.returncode == 1 and "--lr 0.002 -> 1.0" in refused.stderr
     resumed = command_line(*flags, "--name", "cut", "--resume")
-    assert resumed.returncode == 0 and "goes on to" not in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and "schedule" not in resumed.stdout, resumed.stderr
+    assert f"goes on from step {step} of 240\n" in resumed.stdout
     whole, cut = (load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     for key in whole.keys() - {"config", "seconds", "speeds"}:
         assert same(whole[key], cut[key]), key
@@ -494,7 +503,8 @@ def test_a_resumed_run_says_if_it_has_another_number_of_epochs(tmp_path, capsys)
     flags = ["--name", "e", "--batch-size", "2000"]
     for epochs, said in (("1", 0), ("2", 1)):
         run(tmp_path, *flags, "--epochs", epochs, *(["--resume"] if said else []))
-        assert capsys.readouterr().out.count("goes on to 2 epochs, not 1: the learning rate follows") == said
+        sentence = "it has 2 epochs now, not 1: the learning rate follows the new schedule\n"
+        assert capsys.readouterr().out.count(sentence) == said
 
 
 def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
