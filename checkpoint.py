@@ -100,8 +100,7 @@ def differences(was, config, free):
 
 
 def check_folder(config):
-    """InputError if the run's folder exists, and neither --resume nor --overwrite was given, or if --resume finds none.
-    """
+    """InputError if the run's folder is there without --resume or --overwrite, or is not there with --resume."""
     if config.resume and config.overwrite:
         raise InputError("--resume goes on with the run, --overwrite starts it again: choose one")
     if os.path.exists(config.folder) and not config.resume and not config.overwrite:

@@ -111,7 +111,8 @@ def orthogonalise(matrices, dtype=torch.float32):
 def orthogonal_steps(tensors, dtype=torch.float32):
     """Replace each tensor by the orthogonal matrix near it, in the size of a step of AdamW. Builds on orthogonalise.
 
-    tensors: a list of matrices (O, I) and kernels (O, C, k, k), which count as matrices (O, C*k*k); changed in place.
+    tensors: float32 matrices (O, I) and kernels (O, C, k, k), which count as matrices (O, C*k*k), as a list; changed in
+    place. `dtype` is that of the products.
     """
     alike = {}  # by shape: all of a shape go through each product together, in one launch on a GPU
     for tensor in tensors:
@@ -121,14 +122,14 @@ def orthogonal_steps(tensors, dtype=torch.float32):
         # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
         matrices = matrices.float() * (0.2 * max(matrices.shape[1:]) ** 0.5)
         for tensor, matrix in zip(same, matrices):
-            tensor.copy_(matrix.reshape(tensor.shape))  # (O, C, k, k)
+            tensor.copy_(matrix.reshape(tensor.shape))  # (O, I) or (O, C, k, k)
 
 
 def as_graph(function):
     """A CUDA function without arguments as one launch: a CUDA graph of all that it launches. Returns what launches it.
 
-    To launch hundreds of small products one by one takes the host longer than the GPU needs for them: with Muon's as a
-    graph an H200 trains the base hybrid 1.6 times as fast, ResNet-18 1.9 times. The function is called twice here. It
+    To launch hundreds of small operations one by one takes the host longer than the GPU needs for them: with Muon's as
+    a graph an H200 trains the base hybrid 1.6 times as fast, ResNet-18 1.9 times. The function is called twice here. It
     must read and write the same tensors each time, which the caller keeps, and its Python numbers are recorded as they
     are now: a learning rate belongs outside.
     """

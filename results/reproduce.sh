@@ -109,17 +109,16 @@ done
 cores=$(getconf _NPROCESSORS_ONLN)
 [ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 
-# One teacher for all seeds; that of base's logs has 50 epochs, not the preset's 100.
-teacher=resnet18-0 teaching="train.py --model resnet18"
-[ "$size" = tiny ] || { teacher=resnet18-50-epochs-0; teaching+=" --epochs 50"; }
-out=runs/reproduce-$size taught=runs/reproduce-$size/$teacher/model.pt
+teacher_row=resnet18  # its seed 0 teaches all students; that of base's logs has 50 epochs, not the preset's 100
+[ "$size" = tiny ] || teacher_row=resnet18-50-epochs
+out=runs/reproduce-$size teacher=runs/reproduce-$size/$teacher_row-0/model.pt
 started=() names=()
 trap 'kill ${started[@]+"${started[@]}"} 2> /dev/null || :; wait; exit 130' INT TERM  # each saves what it has
 
 start() {  # NAME SEED SCRIPT FLAGS...: in the background
     local name=$1 seed=$2 more=()
     shift 2
-    if [ "$1" = distill.py ]; then more+=(--teacher "$taught"); fi
+    if [ "$1" = distill.py ]; then more+=(--teacher "$teacher"); fi
     if [ -e "$out/$name/last.pt" ]; then more+=(--resume); elif [ -e "$out/$name" ]; then more+=(--overwrite); fi
     python "$@" --size "$size" --seed "$seed" --name "$name" --out "$out" --dataset cifar10 ${more[@]+"${more[@]}"} \
         < /dev/null &
@@ -142,9 +141,10 @@ while read -r row command; do
             echo "$row-$seed: results/$size/$row-$seed.jsonl is there"
             continue
         fi
-        if [[ $command == distill.py* && ! -e $taught ]]; then
+        if [[ $command == distill.py* && ! -e $teacher ]]; then
             finish 0  # it may be among them
-            [ -e "$taught" ] || start "$teacher" 0 $teaching
+            [ -e "$teacher" ] ||
+                start "$teacher_row-0" 0 $(planned | awk -v row="$teacher_row" '$1 == row { $1 = ""; print }')
             finish 0
         fi
         finish $((jobs - 1))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -37,9 +38,15 @@ def runs(tmp_path_factory):
     return folder
 
 
+def test_augment_says_that_cifar_was_not_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(show, "load_dataset", lambda *_: data.load_shapes(100, 20))
+    call(monkeypatch, tmp_path, "augment", "--count", 2)
+    assert "data set shapes, as CIFAR-10 was not found\n" in capsys.readouterr().out
+
+
 def test_augment_shows_the_images_and_what_became_of_them(tmp_path, monkeypatch, capsys):
     call(monkeypatch, tmp_path, "augment", "--dataset", "shapes", "--count", 4)
-    assert "data set shapes" in capsys.readouterr().out
+    assert "data set shapes\n" in capsys.readouterr().out
     picture = Image.open(tmp_path / "augment.png").convert("RGB")
     assert picture.size == (120 + 4 * 100, 8 * 120)
     first = data.load_dataset("shapes").train_images[0]
@@ -173,8 +180,11 @@ def test_predict_says_what_the_model_says(tmp_path, monkeypatch, runs, capsys):
 
 def test_curves(tmp_path, monkeypatch, runs):
     pytest.importorskip("matplotlib", reason="matplotlib is optional, for this picture alone")
-    call(monkeypatch, tmp_path, "curves", runs / "vit", runs / "hybrid")
+    shutil.copy(runs / "vit" / "log.jsonl", tmp_path / "renamed-0.jsonl")
+    call(monkeypatch, tmp_path, "curves", runs / "vit", runs / "hybrid" / "log.jsonl", "renamed-0.jsonl")
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
+    from matplotlib import pyplot as plt
+    assert plt.gcf().axes[0].get_legend_handles_labels()[1] == ["vit", "hybrid", "renamed-0"]
 
 
 @pytest.mark.parametrize("arguments, words", [

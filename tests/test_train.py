@@ -124,7 +124,8 @@ def test_the_exit_status_and_stderr_of_a_real_process(tmp_path):
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "--overwrite in place" in result.stderr
 
 
-@pytest.mark.parametrize("flags, words", [(["--name", "taken"], "exists already"), (["--resume"], "leave --resume out")])
+@pytest.mark.parametrize("flags, words", [
+    (["--name", "taken"], "exists already"), (["--resume"], "leave --resume out")])
 def test_a_wrong_name_is_found_out_before_the_data_is_loaded(flags, words, monkeypatch, tmp_path):
     (tmp_path / "taken").mkdir()
     monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("it would be downloaded"))
@@ -562,6 +563,16 @@ def test_out_of_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", too_much)
     with pytest.raises(RuntimeError, match="allocate"):
         run(tmp_path, *flags, "--overwrite")
+
+
+def test_a_resumed_run_that_misses_cifar_names_the_cause(tmp_path, monkeypatch):
+    flags = ["--name", "c", "--epochs", "1", "--patch-size", "16", "--batch-size", "100", "--dataset", "auto"]
+    few = data.load_shapes(400, 100)
+    monkeypatch.setattr(train, "load_dataset", lambda *_: dataclasses.replace(few, name="cifar10"))
+    run(tmp_path, *flags)
+    monkeypatch.setattr(train, "load_dataset", lambda *_: few)
+    with pytest.raises(data.InputError, match="of cifar10, not on these 400 of shapes, as CIFAR-10 was not found: "):
+        run(tmp_path, *flags, "--resume")
 
 
 def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
