@@ -14,6 +14,7 @@ import copy
 import ctypes
 import dataclasses
 import errno
+import gc
 import importlib.util
 import json
 import math
@@ -138,9 +139,11 @@ def as_graph(function):
     with torch.cuda.stream(stream):
         function()  # its first call may set up what cannot be recorded
     torch.cuda.current_stream().wait_stream(stream)
+    gc.collect()  # what is collected during the recording, such as an old graph, would break it
     graph = torch.cuda.CUDAGraph()
-    # A new stream, neither torch's for all graphs nor the one above: so cuBLAS works in this graph's own memory.
-    # "thread_local" lets other threads go on, such as NCCL's.
+    # cuBLAS keeps a workspace for each stream. With none left, and on another stream than torch's for all graphs, it
+    # makes one in this graph's own memory. "thread_local" lets other threads go on, such as NCCL's.
+    torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         function()
     return graph.replay

@@ -26,8 +26,8 @@ from config import AUGMENTATION, PRESETS, flag_of, model_options, parse_config, 
 from model import build_model
 
 ROOT = Path(train.__file__).parent
-SMALL = ["--dataset", "shapes", "--model", "vit", "--patch-size", "8", "--dim", "32", "--depth", "2", "--heads", "2",
-         "--compile", "off"]
+SMALL = ["--dataset", "shapes", "--model", "vit", "--size", "tiny", "--device", "cpu", "--patch-size", "8",
+         "--dim", "32", "--depth", "2", "--heads", "2", "--compile", "off"]
 
 
 def config(*flags):
@@ -692,7 +692,8 @@ def test_inside_an_epoch_no_step_waits_for_the_gpu_and_nothing_is_compiled_anew(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert graphs[0] > 0 and counters["stats"]["unique_graphs"] == graphs[0]
-    assert not counters["inductor"]["cudagraph_skips"]
+    # Each pass is one CUDA graph: none was left out, and none cut in two by something that a graph cannot hold.
+    assert not counters["inductor"]["cudagraph_skips"] and not counters["inductor"]["cudagraph_partitions"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
