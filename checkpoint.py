@@ -46,7 +46,7 @@ def save(content, path):
 def load(path, advice=""):
     """What `save` wrote, on the CPU; only tensors and plain values, never code. InputError if missing or not whole.
 
-    advice: what the sentence says at its end of a file that is not whole.
+    advice: is added to the sentence about a file that is not whole.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -93,7 +93,7 @@ FREE_FIELDS = ("epochs", "name", "out", "device", "compile", "data_dir", "resume
 
 
 def differences(was, config, free):
-    """In which fields, except the free ones, the dict of an earlier config is another than this one, as one text."""
+    """The fields, but for the free ones, in which an earlier config (a dict) differs, as "--lr 0.1 -> 0.2, ..."."""
     return ", ".join(f"{flag_of(field)} {was.get(field.name)} -> {getattr(config, field.name)}"
                      for field in dataclasses.fields(config)
                      if field.name not in free and was.get(field.name) != getattr(config, field.name))
@@ -111,11 +111,14 @@ def check_folder(config):
 
 
 def load_last(folder):
-    """The content of the folder's last.pt. InputError if there is none, or if it is not whole."""
+    """The content of the folder's last.pt. InputError if there is none, or if it is not whole or not a run's."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
         raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
-    return load(path, "; a run starts again with --overwrite")
+    checkpoint = load(path, "; a run starts again with --overwrite")
+    if not isinstance(checkpoint.get("config"), dict):
+        raise InputError(f"{path} is not a checkpoint of this project")
+    return checkpoint
 
 
 LOCKS = {}  # the folders that this process writes to, each with the open file that the system unlocks when it ends
@@ -156,8 +159,6 @@ def open_run(config):
             if os.path.isdir(folder):
                 lock(folder)  # before last.pt is read: the run that writes it may be about to end
             checkpoint = load_last(folder)
-            if not isinstance(checkpoint.get("config"), dict):
-                raise InputError(f"{folder}/last.pt is not a checkpoint of this project")
             differ = differences(checkpoint["config"], config, FREE_FIELDS)
             if differ:
                 raise InputError(f"{folder}/last.pt has other options ({differ}): resume it with its own")
@@ -188,6 +189,11 @@ def describe_machine(device):
     where = "mps" if device == "mps" else f"{threads} thread{'s' if threads > 1 else ''}"
     return dict(machine=gpu or f"{cpu}, {where}", system=platform.platform(),
                 python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
+
+
+def precision_name(amp, device):
+    """The precision of matrix products and convolutions, for people: what a GPU takes for float32 is TF32."""
+    return amp if amp != "off" else "TF32" if device == "cuda" else "float32"
 
 
 def git_commit():

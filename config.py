@@ -199,7 +199,7 @@ def resolve(config):
         preset.update({name: 0.0 for name in (*NO_REGULARISATION, "drop_path", "ema") if name in preset})
     if config.encoder == "builtin":
         preset.update(drop_path=0.0, gamma_init=None)
-    # Options that mean nothing here, and to whom: those of other models, and Muon's.
+    # The options that this model or optimizer does not have, and which of the two that is.
     foreign = {name: f"a {config.model}" for other in PRESETS.values() for name in other if name not in preset}
     if "dim" not in preset:
         foreign |= dict.fromkeys(("encoder", "pool"), f"a {config.model}")

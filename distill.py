@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import config as settings
 import train
-from checkpoint import FREE_FIELDS, check_folder, differences, load, load_model
+from checkpoint import FREE_FIELDS, check_folder, differences, load, load_last, load_model, open_run
 from config import option
 from data import InputError, entropy, test_batches
 
@@ -114,10 +114,10 @@ def train_teacher(config, dataset):
     if os.path.exists(last):
         take_it = f"name {path} with --teacher to take it all the same, or " if trained else ""
         try:
-            checkpoint = load(last)
+            checkpoint = load_last(teacher.folder)
         except InputError:
             raise InputError(f"cannot read {last}, the teacher's: {take_it}move {teacher.folder} away") from None
-        differ = differences(checkpoint.get("config", {}), teacher, {"amp", *FREE_FIELDS} - {"epochs"})
+        differ = differences(checkpoint["config"], teacher, {"amp", *FREE_FIELDS} - {"epochs"})
         if differ:
             raise InputError(f"the teacher in {teacher.folder} is not of its preset ({differ}): {take_it}move that "
                              "folder away")
@@ -126,6 +126,10 @@ def train_teacher(config, dataset):
     if not trained:
         teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume
+        rank, _ = train.join_processes(config)
+        if rank == 0 and not config.resume:
+            open_run(config)  # the student's folder: the name is taken, and --resume finds it if this is stopped
+        config.overwrite = not config.resume  # of that folder, which is empty now
         print(f"first the teacher, {teacher.folder}")
         train.run(teacher, dataset=dataset)
         # Forget what was compiled for its batch size: for a second one torch would compile a slower program for any.

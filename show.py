@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-from checkpoint import load_model, out_of_memory
+from checkpoint import load_model, out_of_memory, precision_name
 from config import AUGMENTATION, PRESETS
 from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image, soft_targets, test_batches
 
@@ -316,7 +316,7 @@ def mean_and_std(values, sign=""):
 
 def place(log):
     """Where a run was made and in which precision: what its seconds depend on."""
-    return f"{log[0]['machine']}, {'float32' if log[0]['amp'] == 'off' else log[0]['amp']}"
+    return f"{log[0]['machine']}, {precision_name(log[0]['amp'], log[0]['config'].get('device'))}"
 
 
 def lettered(size):
@@ -383,7 +383,7 @@ def markdown_table(size):
 
 
 def ablation_table(size):
-    """What each ablation, a single change, does to the row that it is made to, over the seeds that both have."""
+    """Each ablation beside the row that it changes: accuracy, and the difference over the seeds that both have."""
     plan, pairs = planned(size, "ABLATIONS"), {}
     for name, (base_name, _) in plan.items():
         logs, base = finished_runs(size, name), finished_runs(size, base_name)

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint import (check_folder, describe_machine, git_commit, load, load_last, open_run, out_of_memory,
-                        peak_memory, save)
+                        peak_memory, precision_name, save)
 from config import AUGMENTATION, Config, model_options, parse_config, resolve
 from data import InputError, entropy, load_dataset, test_batches, train_batches
 from model import build_model, whiten
@@ -93,7 +93,7 @@ def split_parameters(model):
 
 
 def orthogonalise(matrices, dtype=torch.float32):
-    """The orthogonal matrix near each one: of the singular value decomposition U S V^T, U V^T, roughly.
+    """Roughly U V^T for each matrix U S V^T (singular values S): the nearest one whose singular values are all 1.
 
     matrices float (n, O, I) -> the same shape, in `dtype`. Five steps of a Newton-Schulz iteration, an odd polynomial
     of the matrix, which leaves U and V alone: singular values between 0.002 and 1 end between 0.68 and 1.21. It needs
@@ -265,7 +265,7 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """TF32 (or what comes near it) for products in float32, cuDNN's fastest convolutions, keep_memory."""
+    """Faster, a little less exact: TF32 for a GPU's float32 products, cuDNN's fastest convolutions; keep_memory."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     keep_memory()
@@ -526,7 +526,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         last_save = time.perf_counter()
         save_seconds = last_save - save_began
         if stopped_by and step < total_steps:
-            print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it")
+            print(f"stopped after step {step} of {total_steps}: the same command with --resume goes on from it "
+                  "(without --overwrite)")
             raise SystemExit(128 + stopped_by[0])
 
     def log(event, **values):
@@ -546,7 +547,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
           f"{flops / 1e9:.3f} GFLOP per image forward")
     print(f"{dataset.name}: {data['train']} training and {data['test']} {dataset.test_split} images; {config.epochs} "
           f"epochs of {steps_per_epoch} steps of {config.batch_size}")
-    print(f"{machine['machine']}, torch {torch.__version__}, precision {'float32' if amp == 'off' else amp}, "
+    print(f"{machine['machine']}, torch {torch.__version__}, precision {precision_name(amp, device)}, "
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 

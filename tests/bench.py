@@ -39,7 +39,7 @@ from torchvision.transforms import v2
 
 import show
 import train
-from checkpoint import FREE_FIELDS, describe_machine, git_commit, out_of_memory, peak_memory
+from checkpoint import FREE_FIELDS, describe_machine, git_commit, out_of_memory, peak_memory, precision_name
 from config import AUGMENTATION, model_options, parse_config, resolve
 from data import DATASETS, InputError, load_dataset, train_batches
 from model import MODELS, Attention, DropPath, build_model
@@ -512,7 +512,7 @@ def markdown(result):
     ends = dict.fromkeys(f"{rate / 1e12:.3g}" for rate in (min(rates), max(rates))) if rates else {}
     before = " before each model" if len(rates) > 1 else ""
     rate = f"; MFU: of the {' to '.join(ends)} TFLOP/s that a large matrix product reached{before}" if rates else ""
-    precision = "float32" if result["amp"] == "off" else result["amp"]
+    precision = precision_name(result["amp"], result["arguments"]["device"])
     # In a search for the shortest schedule, each run decides that by its length.
     compiled = "" if result["what"] == "accuracy" else ", compiled" if result["compiled"] else ", not compiled"
     return (f"On {result['machine']}, torch {result['torch']}, {precision}{compiled}{rate}:\n\n"

@@ -257,7 +257,8 @@ def test_the_teacher_is_of_the_students_seed_and_split(tmp_path, monkeypatch, fe
     # A batch of the preset's size that is more than all images gives way to the student's.
     few = dataclasses.replace(fewer_shapes, train_images=fewer_shapes.train_images[:60],
                               train_labels=fewer_shapes.train_labels[:60])
-    distill.train_teacher(distill.resolve(parse_config(distill.Config, [*flags, "--batch-size", "30"])), few)
+    flags += ["--batch-size", "30", "--overwrite"]
+    distill.train_teacher(distill.resolve(parse_config(distill.Config, flags)), few)
     assert [config.batch_size for config in made] == [PRESETS["resnet18", "tiny"]["batch_size"], 30]
 
 
@@ -269,10 +270,24 @@ def a_model(path, dataset, **options):
                     std=dataset.std, state_dict=build_model("resnet18", **options).state_dict()), path)
 
 
-def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp_path, teacher, capsys):
-    (tmp_path / "a").mkdir()
-    start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "a", "--resume")
-    assert (tmp_path / "a" / "model.pt").exists() and "starts from the beginning" in capsys.readouterr().out
+def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp_path, teacher, monkeypatch, capsys):
+    flags, student = ["--epochs", "1", "--name", "a"], tmp_path / "a" / "model.pt"
+    student.parent.mkdir()
+    student.touch()  # of an earlier run, which is not to be taken for this one
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stopped_by", [2])
+        with pytest.raises(SystemExit):
+            start(tmp_path, *flags, "--overwrite")
+    assert not student.exists() and not (tmp_path / "resnet18-tiny-full-shapes-0" / "model.pt").exists()
+    with pytest.raises(data.InputError, match="exists already"):  # the name is taken
+        start(tmp_path, *flags)
+    start(tmp_path, *flags, "--resume")
+    assert student.exists() and "starts from the beginning" in capsys.readouterr().out
+    (tmp_path / "killed").mkdir()  # before it first saved
+    start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "killed", "--resume")
+    assert (tmp_path / "killed" / "model.pt").exists() and "starts from the beginning" in capsys.readouterr().out
+    with pytest.raises(data.InputError, match="no .*misspelt/last.pt"):
+        start(tmp_path, "--epochs", "1", "--name", "misspelt", "--resume")
     with pytest.raises(data.InputError, match="no .*last.pt"):  # without a teacher there was nothing to wait for
         start(tmp_path, "--alpha", "0", "--epochs", "1", "--name", "b", "--resume")
 
