@@ -4,6 +4,8 @@
     python train.py --model hybrid        96.45 % on an H200 (n = 1), 90.29 +- 0.08 % on two CPU cores (n = 5, 337 s)
     python train.py --help                every option, with its default
 
+In bf16, with torch 2.11 on the H200 and 2.14 on the CPU (AMD EPYC).
+
 From top to bottom: the model, the schedule, the optimizers, precision, evaluation, several processes, and `run`, the
 loop itself. It writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt (the
 weights, and what it takes to rebuild the model). Options and presets are in config.py; how files are written and read

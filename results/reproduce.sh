@@ -134,6 +134,10 @@ finish() {  # wait until at most $1 runs are left, and keep the logs of the othe
 }
 
 mkdir -p "results/$size"
+# Runs side by side would all download CIFAR-10, into the same files.
+[ "$jobs" -eq 1 ] || [ -e "${DATA_DIR:-data}/cifar-10-batches-py" ] ||
+    python -c 'import data; data.load_dataset("cifar10")' 2> /dev/null ||
+    fail "CIFAR-10 is not there and cannot be downloaded: name the folder that holds cifar-10-batches-py in DATA_DIR"
 while read -r row command; do
     [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]-} " == *" $row "* ]] || continue
     for ((seed = 0; seed < seeds; seed++)); do

@@ -32,8 +32,11 @@ def test_every_command_is_valid():
 
 
 def test_every_file_that_is_named_exists():
-    for name in re.findall(r"`((?:[\w.]+/)*[\w]+\.(?:py|md|txt|jsonl))`", BOTH):
-        assert name in ("log.jsonl",) or (ROOT / name).exists(), name
+    for name in re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|md|txt|jsonl|sh))`", BOTH):
+        assert name in ("log.jsonl",) or (ROOT / name).exists() or (ROOT / "results" / name).exists(), name
+    for folder in (ROOT, ROOT / "results"):  # links and pictures
+        for name in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (folder / "README.md").read_text()):
+            assert (folder / name).exists(), name
 
 
 def test_each_file_imports_only_from_those_above_it_in_the_table():

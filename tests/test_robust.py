@@ -1,5 +1,6 @@
 """What a run survives: kill -9, damaged and malicious files, a second run of the same name; and torchrun, and hours."""
 
+import hashlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch._dynamo.utils import counters
 
@@ -317,15 +319,25 @@ def test_a_damaged_image_is_named_or_harmless(tmp_path):
     assert refused > 20 and not (tmp_path / "executed").exists()
 
 
-def test_a_damaged_batch_of_cifar_is_named(tmp_path):
-    folder = tmp_path / "cifar-10-batches-py"
+def test_a_damaged_file_of_cifar_is_named(tmp_path, monkeypatch):
+    """35 times one of the seven files is broken, all others are whole: their sums are taken for the official ones."""
+    folder, source = tmp_path / "cifar-10-batches-py", torchvision.datasets.CIFAR10
     folder.mkdir()
-    whole = pickle.dumps({b"data": np.zeros((5, 3072), np.uint8), b"labels": [0] * 5})
-    for _, content in zip(range(30), damaged(whole, random.Random(2), tmp_path / "executed")):
-        for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch", "batches.meta"]:
-            (folder / name).write_bytes(content)
-        with pytest.raises(data.InputError, match="data_batch_1"):
+    names = [name for name, _ in (*source.train_list, *source.test_list)] + ["batches.meta"]
+    batch = {"data": np.zeros((5, 3072), np.uint8), "labels": [0] * 5, "label_names": ["a", "b"]}
+    whole = pickle.dumps(batch)
+    md5 = hashlib.md5(whole).hexdigest()
+    monkeypatch.setattr(source, "train_list", [[name, md5] for name in names[:5]])
+    monkeypatch.setattr(source, "test_list", [[names[5], md5]])
+    monkeypatch.setattr(source, "meta", dict(source.meta, md5=md5))
+    for name in names:
+        (folder / name).write_bytes(whole)
+    data.load_dataset("cifar10", tmp_path)
+    for name, content in zip(names * 5, damaged(whole, random.Random(2), tmp_path / "executed")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(data.InputError, match=name):
             data.load_dataset("cifar10", tmp_path)
+        (folder / name).write_bytes(whole)
     assert not (tmp_path / "executed").exists()
 
 

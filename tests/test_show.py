@@ -54,6 +54,27 @@ def test_augment_shows_the_images_and_what_became_of_them(tmp_path, monkeypatch,
     assert picture.getpixel((120 + 46, 46)) == tuple(first[:, 15, 15].tolist())
 
 
+def test_augment_has_a_row_for_each_augmentation(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(show, "save_grid", lambda *grid: drawn.extend(grid))
+    call(monkeypatch, tmp_path, "augment", "--dataset", "shapes", "--count", 6)
+    rows, titles, captions, _ = drawn
+    plain, cropped, trivial, jittered, erased, mixed, pasted, together = rows
+    dataset = data.load_dataset("shapes")
+    torch.testing.assert_close(plain, dataset.train_images[:6] / 255)
+    for row, title in zip(rows[1:], titles[1:]):
+        assert row.shape == plain.shape and (row - plain).abs().max() > 0.05, title
+    # In every image a box of the mean colour, and nothing else; in most (one can be its own partner) a pasted box.
+    changed = (erased != plain).any(dim=1, keepdim=True) & ((erased - plain).abs() > 1e-6)
+    assert torch.where(changed, erased - dataset.mean, 0.0).abs().max() < 1e-6 and changed.any(dim=(1, 2, 3)).all()
+    kept = (pasted == plain).all(dim=1).float().mean(dim=(1, 2))
+    assert (kept < 1).sum() >= 3 and kept.min() > 0
+    names = [dataset.classes[k] for k in dataset.train_labels[:6].tolist()]
+    assert all(captions[row] == names for row in range(5))
+    # Two classes and their shares, or one if the partner is of the same or has next to nothing.
+    shares = [[int(share) for share in re.findall(r"(\d+)%", caption)] for caption in captions[5] + captions[6]]
+    assert any(shares) and all(99 <= sum(share) <= 101 for share in shares if share)
+
 @pytest.mark.parametrize("name, heads", [("vit", 2), ("hybrid", 2)])
 def test_attention_draws_every_head_and_the_rollout(tmp_path, monkeypatch, runs, name, heads):
     call(monkeypatch, tmp_path, "attention", "--model", runs / name / "model.pt", "--dataset", "shapes", "--count", 3,
@@ -184,7 +205,12 @@ def test_curves(tmp_path, monkeypatch, runs):
     call(monkeypatch, tmp_path, "curves", runs / "vit", runs / "hybrid" / "log.jsonl", "renamed-0.jsonl")
     assert Image.open(tmp_path / "curves.png").size[0] > 1000
     from matplotlib import pyplot as plt
-    assert plt.gcf().axes[0].get_legend_handles_labels()[1] == ["vit", "hybrid", "renamed-0"]
+    losses, above, accuracies = plt.gcf().axes
+    assert losses.get_legend_handles_labels()[1] == ["vit", "hybrid", "renamed-0"]
+    [line] = [line for line in show.read_log(runs / "hybrid" / "log.jsonl") if line["event"] == "epoch"]
+    drawn = [[float(curve.get_ydata()[0]) for curve in axes.lines] for axes in (losses, above, accuracies)]
+    assert drawn[0][2:4] == [line["train_loss"], line["loss_floor"]]  # each run's loss, then its floor
+    assert (drawn[1][1], drawn[2][1]) == (line["train_loss"] - line["loss_floor"], 100 * line["accuracy"])
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -339,6 +365,7 @@ def reproduce(tmp_path):
     fake.chmod(0o755)
     (tmp_path / "bin" / "getconf").write_text("#!/bin/sh\necho 8\n")  # the machine's cores
     (tmp_path / "bin" / "getconf").chmod(0o755)
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
     return lambda *arguments, **variables: subprocess.Popen(
         ["bash", script, *arguments], stderr=subprocess.PIPE, text=True,
         env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin", **variables})
@@ -390,6 +417,18 @@ def test_the_students_of_base_learn_from_the_teacher_that_its_logs_name(tmp_path
 def test_runs_side_by_side_share_the_cores(tmp_path, reproduce, jobs, variables, threads):
     assert reproduce("--jobs", jobs, "vit", **variables).wait() == 0
     assert (tmp_path / "threads").read_text().split() == [threads]
+
+
+def test_one_process_downloads_for_runs_side_by_side(tmp_path, reproduce):
+    (tmp_path / "data" / "cifar-10-batches-py").rmdir()
+    assert reproduce("--jobs", "2", "vit", "cls").wait() == 0
+    first, *runs = (tmp_path / "calls").read_text().splitlines()
+    assert first.startswith("-c ") and 'load_dataset("cifar10")' in first and len(runs) == 2
+    assert all(run.startswith("train.py ") for run in runs)
+    elsewhere = tmp_path / "elsewhere" / "cifar-10-batches-py"
+    elsewhere.mkdir(parents=True)
+    assert reproduce("--jobs", "2", "hybrid-builtin", DATA_DIR=str(elsewhere.parent)).wait() == 0
+    assert len((tmp_path / "calls").read_text().splitlines()) == 4
 
 
 def test_reproduce_says_which_run_failed(tmp_path, reproduce):
