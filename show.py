@@ -16,7 +16,6 @@ import dataclasses
 import glob
 import json
 import os
-import re
 import statistics
 import string
 import sys
@@ -284,16 +283,12 @@ def read_log(path):
         raise InputError(f"{path} is not a log.jsonl of this project") from None
 
 
-def planned(size, part="ROWS"):
-    """What results/reproduce.sh runs at that size, in its order: {name: command} of its ROWS, and {name: (the row that
-    it is compared with, command)} of its ABLATIONS."""
-    script = open(os.path.join(ROOT, "results", "reproduce.sh")).read()
-    lines = re.search(rf"<<'{part}'\n(.*?)\n{part}\n", script, re.DOTALL)[1].splitlines()
-    if part == "ROWS":
-        rows = (line.split(maxsplit=2) for line in lines)
-        return {name: command for name, sizes, command in rows if sizes in (size, "both")}
-    rows = (line.split(maxsplit=3) for line in lines)
-    return {name: (base, command) for name, sizes, base, command in rows if sizes in (size, "both")}
+def planned(size, ablations=False):
+    """What results/runs.txt has at that size: rows, {name: command}, or ablations, {name: (changed row, command)}."""
+    with open(os.path.join(ROOT, "results", "runs.txt")) as file:
+        runs = [line.rstrip().split(maxsplit=3) for line in file if line.strip() and not line.startswith("#")]
+    runs = [run for run in runs if run[1] in (size, "both") and (run[2] != "-") == ablations]
+    return {name: (base, command) if ablations else command for name, _, base, command in runs}
 
 
 def finished_runs(size, name):
@@ -325,8 +320,8 @@ def lettered(size):
     In the order of how many of the rows were made there, and then of the ablations.
     """
     places = []
-    for part in ("ROWS", "ABLATIONS"):
-        logs = [log for name in planned(size, part) for log in finished_runs(size, name).values()]
+    for ablations in (False, True):
+        logs = [log for name in planned(size, ablations) for log in finished_runs(size, name).values()]
         places += [where for where, _ in collections.Counter(map(place, logs)).most_common()]
     return dict(zip(dict.fromkeys(places), string.ascii_lowercase))
 
@@ -357,11 +352,11 @@ def mean(logs, key):
 
 
 def markdown_table(size):
-    """The results of that size as a Markdown table: one row for each of reproduce.sh's, over its seeds."""
+    """The results of that size as a Markdown table: a line for each row of runs.txt, over its seeds."""
     head = ["run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
             "peak GB", "on", "command"]
     if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
-        runs = 3 * (len(planned(size)) + len(planned(size, "ABLATIONS")))
+        runs = 3 * (len(planned(size)) + len(planned(size, ablations=True)))
         command = f"results/reproduce.sh --size {size} --seeds 3"
         return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations: "
                 f"{runs} runs.\n")
@@ -384,7 +379,7 @@ def markdown_table(size):
 
 def ablation_table(size):
     """Each ablation beside the row that it changes: accuracy, and the difference over the seeds that both have."""
-    plan, pairs = planned(size, "ABLATIONS"), {}
+    plan, pairs = planned(size, ablations=True), {}
     for name, (base_name, _) in plan.items():
         logs, base = finished_runs(size, name), finished_runs(size, base_name)
         pairs[name] = [(log, base[seed]) for seed, log in logs.items() if seed in base]
@@ -400,7 +395,7 @@ def ablation_table(size):
                       f"{mean(alike, 'seconds'):.0f}", where, f"`python {command} --size {size}`"])
     head = ["ablation", "accuracy, %", "difference", "from", "n", "GFLOP/image", "seconds", "on", "command"]
     missing = len(plan) - len(rows)
-    rest = f"\nNot run: {missing} more that `results/reproduce.sh` has.\n" if missing else ""
+    rest = f"\nNot run: {missing} more that `results/runs.txt` has.\n" if missing else ""
     return f"{size}, ablations:\n\n" + as_markdown(head, lines, rows, letters) + rest
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the rows and the ablations of the README's tables:
+# Run the rows and the ablations of the README's tables, which results/runs.txt lists:
 #
 #     results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]
 #
@@ -10,84 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# name, the sizes it is run at, command
-rows() {
-    cat <<'ROWS'
-vit-plain                  both  train.py --model vit --recipe basic --pool cls --optimizer adamw --lr 1e-3 --whiten off --pos-init noise
-vit-basic                  both  train.py --model vit --recipe basic --pool cls
-vit                        both  train.py --model vit
-hybrid-builtin             both  train.py --model hybrid --encoder builtin
-hybrid                     both  train.py --model hybrid
-hybrid-20-epochs           base  train.py --model hybrid --epochs 20 --compile on
-hybrid-12-epochs           tiny  train.py --model hybrid --epochs 12
-hybrid-mixed               tiny  train.py --model hybrid --mixup 0.8 --cutmix 1
-resnet18                   both  train.py --model resnet18
-vit-distilled              both  distill.py --student vit
-hybrid-distilled           both  distill.py --student hybrid
-hybrid-builtin-50-epochs   base  train.py --model hybrid --encoder builtin --epochs 50
-hybrid-50-epochs           base  train.py --model hybrid --epochs 50
-resnet18-50-epochs         base  train.py --model resnet18 --epochs 50
-hybrid-distilled-50-epochs base  distill.py --student hybrid --epochs 50
-ROWS
-}
-
-# name, sizes, the row that it is compared with, command
-ablations() {
-    cat <<'ABLATIONS'
-patch-2           both  vit                      train.py --model vit --patch-size 2
-patch-8           both  vit                      train.py --model vit --patch-size 8
-patch-8-15-epochs tiny  vit                      train.py --model vit --patch-size 8 --epochs 15
-cls               both  vit                      train.py --model vit --pool cls
-not-whitened      both  vit                      train.py --model vit --whiten off
-pos-noise         both  vit                      train.py --model vit --pos-init noise
-gamma-none        both  vit                      train.py --model vit --gamma-init none
-gamma-1e-5        both  vit                      train.py --model vit --gamma-init 1e-5
-gamma-1e-4        both  vit                      train.py --model vit --gamma-init 1e-4
-gamma-1e-2        both  vit                      train.py --model vit --gamma-init 1e-2
-gamma-0.1         both  vit                      train.py --model vit --gamma-init 0.1
-adamw-5e-4        both  vit                      train.py --model vit --optimizer adamw --lr 5e-4
-adamw-1e-3        both  vit                      train.py --model vit --optimizer adamw --lr 1e-3
-adamw-2e-3        both  vit                      train.py --model vit --optimizer adamw --lr 2e-3
-adamw-4e-3        both  vit                      train.py --model vit --optimizer adamw --lr 4e-3
-muon-0.00125      base  vit                      train.py --model vit --optimizer muon --muon-lr 0.00125
-muon-0.0025       tiny  vit                      train.py --model vit --optimizer muon --muon-lr 0.0025
-muon-0.005        base  vit                      train.py --model vit --optimizer muon --muon-lr 0.005
-muon-0.01         both  vit                      train.py --model vit --optimizer muon --muon-lr 0.01
-muon-0.02         base  vit                      train.py --model vit --optimizer muon --muon-lr 0.02
-basic             both  vit                      train.py --model vit --recipe basic
-basic-trivial     both  basic                    train.py --model vit --recipe basic --trivial 0.5
-basic-jitter      both  basic                    train.py --model vit --recipe basic --jitter 0.1
-basic-erasing     both  basic                    train.py --model vit --recipe basic --erasing 0.25
-basic-smoothing   base  basic                    train.py --model vit --recipe basic --label-smoothing 0.1
-basic-mixup       both  basic                    train.py --model vit --recipe basic --mixup 0.2
-basic-cutmix      both  basic                    train.py --model vit --recipe basic --cutmix 1
-basic-drop-path   both  basic                    train.py --model vit --recipe basic --drop-path 0.1
-basic-ema         base  basic                    train.py --model vit --recipe basic --ema 0.998
-hybrid-gamma-0.1  base  hybrid-50-epochs         train.py --model hybrid --epochs 50 --gamma-init 0.1
-hybrid-plain      base  hybrid-builtin-50-epochs train.py --model hybrid --epochs 50 --drop-path 0 --gamma-init none
-no-trivial        base  vit                      train.py --model vit --trivial 0
-no-jitter         base  vit                      train.py --model vit --jitter 0
-no-erasing        base  vit                      train.py --model vit --erasing 0
-no-smoothing      base  vit                      train.py --model vit --label-smoothing 0
-no-mixup          base  vit                      train.py --model vit --mixup 0
-no-cutmix         base  vit                      train.py --model vit --cutmix 0
-no-drop-path      base  vit                      train.py --model vit --drop-path 0
-drop-path-0.2     base  vit                      train.py --model vit --drop-path 0.2
-no-ema            base  vit                      train.py --model vit --ema 0
-epochs-50         base  vit                      train.py --model vit --epochs 50
-epochs-200        base  vit                      train.py --model vit --epochs 200
-temperature-1     both  vit-distilled            distill.py --student vit --temperature 1
-temperature-4     both  vit-distilled            distill.py --student vit --temperature 4
-alpha-0.5         both  vit-distilled            distill.py --student vit --alpha 0.5
-alpha-1           both  vit-distilled            distill.py --student vit --alpha 1
-hard              both  vit-distilled            distill.py --student vit --hard
-distill-token     both  vit-distilled            distill.py --student vit --distill-token
-ABLATIONS
-}
-
 planned() {  # name and command of all that is run at the size
-    rows | awk -v size="$size" '$2 == size || $2 == "both" { $2 = ""; print }'
-    ablations | awk -v size="$size" '$2 == size || $2 == "both" { $2 = $3 = ""; print }'
+    awk -v size="$size" '!/^#/ && ($2 == size || $2 == "both") { $2 = $3 = ""; print }' results/runs.txt
 }
 
 fail() { echo "error: $1" >&2; exit 2; }

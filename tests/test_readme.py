@@ -74,7 +74,7 @@ def test_every_log_is_of_the_presets_as_they_are_now():
         assert start["event"] == "start" and last_epoch["accuracy"] == end["test_accuracy"] and not was["hold_out"]
         assert was["size"] == size and start["data"] | dict(train=50000, test=10000, name="cifar10") == start["data"]
         name, seed = path.stem.rsplit("-", 1)
-        changes = {change: command for change, (_, command) in show.planned(size, "ABLATIONS").items()}
+        changes = {change: command for change, (_, command) in show.planned(size, ablations=True).items()}
         script, *flags = (show.planned(size) | changes)[name].split()
         program = distill if script == "distill.py" else train
         now = program.resolve(parse_config(program.Config, [*flags, "--size", size, "--seed", seed]))

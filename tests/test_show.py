@@ -270,7 +270,7 @@ def write_log(path, accuracy, machine="a machine", seconds=100.4):
 
 def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkeypatch):
     (tmp_path / "results" / "tiny").mkdir(parents=True)
-    (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
+    shutil.copy(ROOT / "results" / "runs.txt", tmp_path / "results")
     monkeypatch.setattr(show, "ROOT", str(tmp_path))
     write_log(tmp_path / "results" / "tiny" / "vit-0.jsonl", 0.80)
     write_log(tmp_path / "results" / "tiny" / "vit-1.jsonl", 0.82)
@@ -289,7 +289,7 @@ def test_the_table_has_mean_std_and_n_and_says_what_was_not_run(tmp_path, monkey
 
 def test_seconds_are_those_of_one_machine_and_each_row_says_where_it_ran(tmp_path, monkeypatch):
     (tmp_path / "results" / "tiny").mkdir(parents=True)
-    (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
+    shutil.copy(ROOT / "results" / "runs.txt", tmp_path / "results")
     monkeypatch.setattr(show, "ROOT", str(tmp_path))
     for name, machine, seconds in (("vit-0", "fast", 100), ("vit-1", "slow", 500), ("vit-2", "slow", 700),
                                    ("hybrid-0", "fast", 10), ("hybrid-1", "fast", 20), ("hybrid-2", "fast", 15),
@@ -309,7 +309,7 @@ def test_seconds_are_those_of_one_machine_and_each_row_says_where_it_ran(tmp_pat
 
 def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_path, monkeypatch):
     (tmp_path / "results" / "tiny").mkdir(parents=True)
-    (tmp_path / "results" / "reproduce.sh").write_text((ROOT / "results" / "reproduce.sh").read_text())
+    shutil.copy(ROOT / "results" / "runs.txt", tmp_path / "results")
     monkeypatch.setattr(show, "ROOT", str(tmp_path))
     assert show.ablation_table("tiny") == ""
     for name, accuracy in (("vit-0", 0.5), ("vit-1", 0.6), ("patch-8-0", 0.52), ("patch-8-1", 0.64),
@@ -320,7 +320,7 @@ def test_ablations_are_measured_against_the_row_they_change_seed_by_seed(tmp_pat
             "`python train.py --model vit --patch-size 8 --size tiny` |") in table
     assert "| hard | 65.00 | -5.00 | vit-distilled | 1 |" in table
     assert "alpha-1" not in table  # there is nothing of its seed to compare it with
-    assert f"Not run: {len(show.planned('tiny', 'ABLATIONS')) - 2} more" in table
+    assert f"Not run: {len(show.planned('tiny', ablations=True)) - 2} more" in table
 
 
 @pytest.mark.parametrize("size", ["tiny", "base"])
@@ -332,7 +332,7 @@ def test_every_row_is_a_command_that_parses_and_every_ablation_changes_its_base(
         config_class = {"train.py": train.Config, "distill.py": distill.Config}[script]
         settings = resolve(parse_config(config_class, [*flags, "--size", size]))
         return {key: value for key, value in vars(settings).items() if key != "name"}
-    rows, changes = show.planned(size), show.planned(size, "ABLATIONS")
+    rows, changes = show.planned(size), show.planned(size, ablations=True)
     commands = rows | {name: command for name, (_, command) in changes.items()}
     for name, command in commands.items():
         assert config(command), name
@@ -360,7 +360,8 @@ def reproduce(tmp_path):
     (tmp_path / "results").mkdir()
     (tmp_path / "bin").mkdir()
     script, fake = tmp_path / "results" / "reproduce.sh", tmp_path / "bin" / "python"
-    script.write_text((ROOT / "results" / "reproduce.sh").read_text())
+    for file in ("reproduce.sh", "runs.txt"):
+        shutil.copy(ROOT / "results" / file, tmp_path / "results")
     fake.write_text(FAKE_PYTHON)
     fake.chmod(0o755)
     (tmp_path / "bin" / "getconf").write_text("#!/bin/sh\necho 8\n")  # the machine's cores
