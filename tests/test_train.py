@@ -21,7 +21,7 @@ import data
 import distill
 import show
 import train
-from checkpoint import load, load_model
+from checkpoint import load, load_model, precision_name
 from config import AUGMENTATION, PRESETS, flag_of, model_options, parse_config, resolve
 from model import build_model
 
@@ -622,6 +622,13 @@ def test_auto_chooses_what_the_gpu_can_do(monkeypatch, bf16, capability, has, si
     assert not train.choose_compile(config("--size", size, "--epochs", "19"))  # too short to win the time back
     assert not train.choose_compile(chosen, images=4000) and not train.choose_compile(chosen, processes=2)
     assert train.choose_amp(config("--size", size, "--optimizer", "adamw")) == ("bf16" if bf16 else "fp16")
+
+
+def test_without_amp_a_gpu_computes_in_tf32_and_is_said_to():
+    train.use_fast_kernels()
+    assert torch.get_float32_matmul_precision() == "high"  # TF32 with CUDA; a CPU and a Mac have none
+    names = [precision_name("off", device) for device in ("cuda", "cpu", "mps")]
+    assert names == ["TF32", "float32", "float32"] and precision_name("bf16", "cuda") == "bf16"
 
 
 def test_several_processes_are_not_compiled():
