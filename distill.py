@@ -30,8 +30,9 @@ class Config(settings.Config):
     """train.py's options, and the teacher's."""
 
     model: str = option("vit", "what to train", choices=("vit", "hybrid"), flag="student")
-    teacher: str = option(None, "a model.pt that train.py wrote (default: that of the resnet18 that train.py would "
-                                "train with the same size, data set and seed; it is trained first if --out has none)")
+    teacher: str = option(None, "a model.pt that train.py wrote, or its folder (default: that of the resnet18 that "
+                                "train.py would train with the same size, data set and seed; it is trained first if "
+                                "--out has none)")
     temperature: float = option(2.0, "softens the probabilities of both", low=0.01)
     alpha: float = option(0.9, "the teacher's share of the loss, the labels have the rest; 0: no teacher", low=0,
                           high=1)

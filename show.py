@@ -7,7 +7,7 @@
     python show.py curves runs/A runs/B        loss, floor and accuracy over the epochs, curves.png (needs matplotlib)
     python show.py table                       the logs in results/ as Markdown
 
-`--model` names the model.pt to look at; without it, the newest in runs/ is taken.
+`--model` names the model.pt to look at, or its folder; without it, the newest in runs/ is taken.
 """
 
 import argparse
@@ -182,8 +182,6 @@ def load_trained(args):
             raise InputError("there is no model.pt in runs/: train one, or name one with --model")
         args.model = max(found, key=os.path.getmtime)
         print(f"model {args.model}")
-    if not os.path.exists(args.model) and os.path.exists(os.path.join(os.path.dirname(args.model), "last.pt")):
-        raise InputError(f"there is no {args.model} yet: the run goes on to its end with --resume")
     return load_model(args.model)
 
 
@@ -411,7 +409,7 @@ def main():
     parser.add_argument("what", choices=("augment", "attention", "curves", "confusion", "predict", "table"),
                         help="see above")
     parser.add_argument("paths", nargs="*", default=[], help="pictures for predict; runs or their logs for curves")
-    parser.add_argument("--model", help="a model.pt (default: the newest in runs/)")
+    parser.add_argument("--model", help="a model.pt or its folder (default: the newest in runs/)")
     parser.add_argument("--dataset", choices=DATASETS, help="default: the model's own; for augment CIFAR-10")
     parser.add_argument("--data-dir", help="where the data set lies (default: $DATA_DIR, else ./data)")
     parser.add_argument("--count", type=int, default=10, help="pictures in a row (default: 10)")

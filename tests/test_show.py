@@ -170,8 +170,9 @@ def test_confusion_leaves_the_test_set_alone_if_the_run_did(tmp_path, monkeypatc
     call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt")
     assert "may have seen some test images" in capsys.readouterr().out
     path.unlink()  # as if the run had been stopped
-    with pytest.raises(SystemExit, match="no h/model.pt yet: .*--resume"):
-        call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt")
+    for name in ("h/model.pt", "h"):
+        with pytest.raises(SystemExit, match="no h/model.pt yet: .*--resume"):
+            call(monkeypatch, tmp_path, "confusion", "--model", name)
 
 
 def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path, monkeypatch, runs, capsys):
@@ -185,8 +186,9 @@ def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path,
         shares = re.findall(r"(\w+) ([\d.]+)%", line)
         assert line.startswith(name + ": ") and len(shares) == 3 and shares[0][0] in data.SHAPES
         assert float(shares[0][1]) >= float(shares[1][1]) >= float(shares[2][1])
-    call(monkeypatch, tmp_path, "predict", "--model", "runs/hybrid/model.pt", "grey.png", "small.png")
-    assert capsys.readouterr().out.splitlines() == lines
+    for name in ("runs/hybrid/model.pt", "runs/hybrid"):
+        call(monkeypatch, tmp_path, "predict", "--model", name, "grey.png", "small.png")
+        assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_predict_says_what_the_model_says(tmp_path, monkeypatch, runs, capsys):
