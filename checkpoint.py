@@ -70,12 +70,13 @@ def load_model(path, device="cpu"):
     The rest: "model" and "options" (the arguments of build_model), "dataset" and "classes" (names), "hold_out" and
     "seed" (how many images were held out, and which), "step", after which it was saved, and "mean" and "std", by which
     images scaled to 0..1 are normalised: model((images - mean) / std).
-    InputError if there is no such file.
+    InputError if there is none, or if it is not such a file.
     """
     if os.path.isdir(path):
         path = os.path.join(path, "model.pt")
-    if not os.path.exists(path) and os.path.exists(os.path.join(os.path.dirname(path), "last.pt")):
-        raise InputError(f"there is no {path} yet: the run goes on to its end with --resume")
+    folder, name = os.path.split(path)
+    if name == "model.pt" and not os.path.exists(path) and os.path.exists(os.path.join(folder, "last.pt")):
+        raise InputError(f"there is no {path} yet: that run has not ended, finish it with --resume")
     content = load(path)
     try:
         model = build_model(content["model"], **content["options"])

@@ -128,8 +128,10 @@ def train_teacher(config, dataset):
         teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume
         rank, _ = train.join_processes(config)
-        if rank == 0 and not config.resume:
-            open_run(config)  # the student's folder: the name is taken, and --resume finds it if this is stopped
+        if rank == 0:
+            open_run(teacher)  # first: if it is refused, nothing of the student's was touched
+            if not config.resume:
+                open_run(config)  # the student's folder: the name is taken, and --resume finds it if this is stopped
         config.overwrite = not config.resume  # of that folder, which is empty now
         print(f"first the teacher, {teacher.folder}")
         train.run(teacher, dataset=dataset)
@@ -184,6 +186,8 @@ def resolve(config):
         raise InputError("--hard takes the teacher's first choice, whatever the temperature: leave --temperature out")
     given = config.name
     config = settings.resolve(config)
+    if config.teacher and os.path.isdir(config.teacher):
+        config.teacher = os.path.join(config.teacher, "model.pt")  # one spelling, which --resume compares
     if config.distill_token:
         config.pool = "distill"
     config.name = given or ("distill-" if config.alpha else "control-") + config.name

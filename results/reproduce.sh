@@ -39,9 +39,14 @@ out=runs/reproduce-$size teacher=runs/reproduce-$size/$teacher_row-0/model.pt
 started=() names=()
 trap 'kill ${started[@]+"${started[@]}"} 2> /dev/null || :; wait; exit 130' INT TERM  # each saves what it has
 
+download() {  # in one process: runs side by side would all write into the same files
+    python -c 'import data, sys; sys.excepthook = lambda *e: print("error:", e[1]); data.load_dataset("cifar10")' >&2
+}
+
 start() {  # NAME SEED SCRIPT FLAGS...: in the background
     local name=$1 seed=$2 more=()
     shift 2
+    [ "$jobs" -eq 1 ] || [ -e "${DATA_DIR:-data}/cifar-10-batches-py" ] || download || exit 2
     if [ "$1" = distill.py ]; then more+=(--teacher "$teacher"); fi
     if [ -e "$out/$name/last.pt" ]; then more+=(--resume); elif [ -e "$out/$name" ]; then more+=(--overwrite); fi
     python "$@" --size "$size" --seed "$seed" --name "$name" --out "$out" --dataset cifar10 ${more[@]+"${more[@]}"} \
@@ -58,10 +63,6 @@ finish() {  # wait until at most $1 runs are left, and keep the logs of the othe
 }
 
 mkdir -p "results/$size"
-# Runs side by side would all download CIFAR-10, into the same files.
-[ "$jobs" -eq 1 ] || [ -e "${DATA_DIR:-data}/cifar-10-batches-py" ] ||
-    python -c 'import data; data.load_dataset("cifar10")' 2> /dev/null ||
-    fail "CIFAR-10 is not there and cannot be downloaded: name the folder that holds cifar-10-batches-py in DATA_DIR"
 while read -r row command; do
     [ ${#wanted[@]} -eq 0 ] || [[ " ${wanted[*]-} " == *" $row "* ]] || continue
     for ((seed = 0; seed < seeds; seed++)); do

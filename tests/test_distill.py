@@ -1,8 +1,10 @@
 """distill.py: the loss against hand sums and closed forms, the teacher left as it was, and whole runs on shapes."""
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -292,6 +294,29 @@ def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp
         start(tmp_path, "--epochs", "1", "--name", "misspelt", "--resume")
     with pytest.raises(data.InputError, match="no .*last.pt"):  # without a teacher there was nothing to wait for
         start(tmp_path, "--alpha", "0", "--epochs", "1", "--name", "b", "--resume")
+
+
+def test_a_teacher_that_another_run_is_training_costs_the_student_nothing(tmp_path):
+    earlier, folder = tmp_path / "old" / "model.pt", tmp_path / "resnet18-tiny-full-shapes-0"
+    folder.mkdir(), earlier.parent.mkdir(), earlier.touch()
+    number = os.open(folder, os.O_RDONLY)
+    fcntl.flock(number, fcntl.LOCK_EX)  # as another process would
+    for flags in (["--name", "new"], ["--name", "old", "--overwrite"]):
+        with pytest.raises(data.InputError, match="another run is writing to .*resnet18"):
+            start(tmp_path, "--epochs", "1", *flags)
+    os.close(number)
+    assert earlier.exists() and not (tmp_path / "new").exists()
+
+
+def test_resuming_knows_a_teacher_by_its_folder_too(tmp_path, teacher, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stopped_by", [2])
+        with pytest.raises(SystemExit):
+            start(tmp_path, "--epochs", "1", "--name", "a", "--teacher", str(teacher.parent))
+    start(tmp_path, "--epochs", "1", "--name", "a", "--resume", "--teacher", str(teacher))
+    with pytest.raises(data.InputError, match="model.pt yet: that run has not ended"):
+        (tmp_path / "a" / "model.pt").unlink()
+        start(tmp_path, "--epochs", "1", "--name", "b", "--teacher", str(tmp_path / "a"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

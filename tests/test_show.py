@@ -73,7 +73,8 @@ def test_augment_has_a_row_for_each_augmentation(tmp_path, monkeypatch):
     assert all(captions[row] == names for row in range(5))
     # Two classes and their shares, or one if the partner is of the same or has next to nothing.
     shares = [[int(share) for share in re.findall(r"(\d+)%", caption)] for caption in captions[5] + captions[6]]
-    assert any(shares) and all(99 <= sum(share) <= 101 for share in shares if share)
+    assert any(shares) and all(95 <= sum(share) <= 101 for share in shares if share)
+
 
 @pytest.mark.parametrize("name, heads", [("vit", 2), ("hybrid", 2)])
 def test_attention_draws_every_head_and_the_rollout(tmp_path, monkeypatch, runs, name, heads):
@@ -346,6 +347,7 @@ def test_every_row_is_a_command_that_parses_and_every_ablation_changes_its_base(
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$@" >> calls
 echo "${OMP_NUM_THREADS-all}" >> threads
+[ "$1" != -c ] || { mkdir -p data/cifar-10-batches-py; exit; }
 while [ $# -gt 0 ]; do case $1 in --name) name=$2;; --out) out=$2;; esac; shift; done
 mkdir -p "$out/$name"
 trap 'sleep 0.5; echo saved > "$out/$name/last.pt"; exit 143' TERM
@@ -426,12 +428,10 @@ def test_one_process_downloads_for_runs_side_by_side(tmp_path, reproduce):
     (tmp_path / "data" / "cifar-10-batches-py").rmdir()
     assert reproduce("--jobs", "2", "vit", "cls").wait() == 0
     first, *runs = (tmp_path / "calls").read_text().splitlines()
-    assert first.startswith("-c ") and 'load_dataset("cifar10")' in first and len(runs) == 2
-    assert all(run.startswith("train.py ") for run in runs)
-    elsewhere = tmp_path / "elsewhere" / "cifar-10-batches-py"
-    elsewhere.mkdir(parents=True)
-    assert reproduce("--jobs", "2", "hybrid-builtin", DATA_DIR=str(elsewhere.parent)).wait() == 0
-    assert len((tmp_path / "calls").read_text().splitlines()) == 4
+    assert first.startswith("-c ") and 'load_dataset("cifar10")' in first
+    assert [run.split()[0] for run in runs] == ["train.py"] * 2
+    assert reproduce("--jobs", "2", "hybrid-builtin", DATA_DIR="elsewhere").wait() == 0
+    assert [call.split()[0] for call in (tmp_path / "calls").read_text().splitlines()[3:]] == ["-c", "train.py"]
 
 
 def test_reproduce_says_which_run_failed(tmp_path, reproduce):
