@@ -98,10 +98,14 @@ FREE_FIELDS = ("epochs", "name", "out", "device", "compile", "data_dir", "resume
 
 
 def differences(was, config, free):
-    """The fields, but for the free ones, in which an earlier config (a dict) differs, as "--lr 0.1 -> 0.2, ..."."""
+    """The fields, but for the free ones, in which an earlier config (a dict) differs, as "--lr 0.1 -> 0.2, ...".
+
+    An option that is newer than that config and off, 0 or False, is no difference.
+    """
+    fields = [field for field in dataclasses.fields(config) if field.name not in free]
+    fields = [field for field in fields if field.name in was or getattr(config, field.name)]
     return ", ".join(f"{flag_of(field)} {was.get(field.name)} -> {getattr(config, field.name)}"
-                     for field in dataclasses.fields(config)
-                     if field.name not in free and was.get(field.name) != getattr(config, field.name))
+                     for field in fields if was.get(field.name) != getattr(config, field.name))
 
 
 def check_folder(config):

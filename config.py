@@ -141,15 +141,18 @@ FIXED = {("vit", "tiny"): dict(mlp_ratio=2.0), ("hybrid", "tiny"): dict(TINY_TRU
 # ---------------------------------------------------------------------------------------------------------------------
 # From the command line to a whole config
 
+class Parser(argparse.ArgumentParser):
+    """Of a command line. A mistake ends the program with one sentence, and without the list of all options."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def parse_config(config_class=Config, argv=None, description=None):
     """The command line as a config_class, whose fields are the flags. A mistake ends the program with one sentence.
 
     argv: its words (default: the program's own); description: what --help says first.
     """
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config_class):

@@ -14,6 +14,7 @@ Letters in the comments: B images in the batch, N images in the data set, C chan
 """
 
 import errno
+import glob
 import math
 import os
 import socket
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
+from torchvision.datasets.folder import is_image_file
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -92,6 +94,10 @@ def load_dataset(name="auto", data_dir=None, hold_out=0, seed=0):
         raise InputError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     if name != "shapes" and (given or name == "folder") and not os.path.isdir(data_dir):
         raise InputError(f"the data folder {data_dir} does not exist: make it, or name another with --data-dir")
+    if name == "auto" and given and not os.path.isdir(os.path.join(data_dir, torchvision.datasets.CIFAR10.base_folder)):
+        if any(map(is_image_file, glob.glob(os.path.join(glob.escape(data_dir), "*", "*")))):
+            raise InputError(f"{data_dir} has folders of images and no CIFAR-10: add --dataset folder to train on "
+                             "them, or --dataset cifar10 to download it there")
     if name == "shapes":
         dataset = load_shapes()
     elif name == "folder":
@@ -124,9 +130,10 @@ def load_cifar(name, data_dir):
             if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC):
                 raise InputError(f"cannot write to {data_dir} ({error.strerror}): name another folder with "
                                  "--data-dir") from None
-            raise ConnectionError(f"{name} is not in {folder} and cannot be downloaded: name the folder that holds "
-                                  f"{source.base_folder} with --data-dir; only --dataset shapes needs no "
-                                  "download") from None
+            reason = str(error).partition("\n")[0]
+            raise ConnectionError(f"{name} is not in {folder} and cannot be downloaded ({reason}): name the folder "
+                                  f"that holds {source.base_folder} with --data-dir, or take --dataset shapes, which "
+                                  "needs no download") from None
         finally:
             socket.setdefaulttimeout(None)
     for file, md5 in [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]:

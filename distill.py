@@ -152,9 +152,10 @@ def load_teacher(path, dataset, device):
         raise InputError(f"the teacher {path} is for images of another size than {dataset.name}'s: name another with "
                          "--teacher")
     if not torch.allclose(about["mean"].cpu(), dataset.mean.cpu(), atol=1e-6):
-        raise InputError(f"the teacher {path} was trained on images of {about['dataset']}, and not on these of "
-                         f"{dataset.name} (their mean colour is another): train it with the same --dataset, --hold-out "
-                         "and --seed")
+        split = f"--hold-out {about.get('hold_out', 0)}, --seed {about.get('seed', 0)}"
+        raise InputError(f"the teacher {path} was trained on images of {about['dataset']} ({split}), and not on these "
+                         f"of {dataset.name} (their mean colour is another): train it with the same --dataset, "
+                         "--hold-out and --seed")
     return teacher.to(memory_format=torch.channels_last).requires_grad_(False)
 
 

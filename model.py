@@ -173,8 +173,8 @@ def sine_positions(num_tokens, dim):
     """
     side = round(num_tokens**0.5)
     if side**2 != num_tokens or dim % 4:
-        raise ValueError(f"sine positions need a square grid, not {num_tokens} tokens, and a width divisible by 4, not "
-                         f"{dim}")
+        raise ValueError(f"sine positions need a square grid and a width divisible by 4, and here are {num_tokens} "
+                         f"tokens of width {dim}")
     frequency = 0.1 ** torch.linspace(0, 1, dim // 4)  # (D/4)
     angle = torch.arange(side)[:, None] * frequency  # (side, D/4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)

@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 import data
 from checkpoint import load_model, out_of_memory, precision_name
-from config import AUGMENTATION, PRESETS
+from config import AUGMENTATION, PRESETS, Parser
 from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image, soft_targets, test_batches
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -405,9 +405,9 @@ def table(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("augment", "attention", "curves", "confusion", "predict", "table"),
-                        help="see above")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", metavar="COMMAND", help="see above",
+                        choices=("augment", "attention", "curves", "confusion", "predict", "table"))
     parser.add_argument("paths", nargs="*", default=[], help="pictures for predict; runs or their logs for curves")
     parser.add_argument("--model", help="a model.pt or its folder (default: the newest in runs/)")
     parser.add_argument("--dataset", choices=DATASETS, help="default: the model's own; for augment CIFAR-10")
@@ -419,7 +419,7 @@ def main():
     if args.what in ("curves", "predict") and not args.paths:
         parser.error(f"{args.what} needs at least one path")
     if args.paths and args.what not in ("curves", "predict"):
-        parser.error(f"{args.what} takes no paths: --model names a model")
+        parser.error(f"{args.what} takes no paths")
     if args.count < 1 or args.seed < 0:
         parser.error("--count must be at least 1, and --seed at least 0")
     try:

@@ -424,6 +424,9 @@ def restore(checkpoint, stateful, data, config):
     try:
         was = data | checkpoint["data"]  # an earlier version knew less of its data
         if was != data:
+            if was["fell_back"]:
+                raise InputError(f"{config.folder}/last.pt was trained on shapes, as CIFAR-10 was not found then: "
+                                 "start again with --overwrite, or choose another --name")
             missing = ", as CIFAR-10 was not found" if data["fell_back"] else ""
             raise InputError(f"{config.folder}/last.pt was trained on {was['train']} images of {was['name']}, not on "
                              f"these {data['train']} of {data['name']}{missing}: name its own with --dataset and "

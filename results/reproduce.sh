@@ -3,10 +3,11 @@
 #
 #     results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]
 #
-# Without ROW, all of them. Each run leaves its log as results/SIZE/ROW-SEED.jsonl, and its weights in runs/. A log that
-# is there already is not made again, and a run that was stopped goes on, so this can be stopped and started at will.
-# --jobs N runs N side by side, on a CPU in less time together, but the seconds of each are then those of a shared
-# machine. Each gets an equal part of the cores, or $OMP_NUM_THREADS of them. $DATA_DIR says where CIFAR-10 lies.
+# Without ROW, all of them; --seeds N: seeds 0 to N - 1. Without options tiny, and seed 0 alone. Each run leaves its log
+# as results/SIZE/ROW-SEED.jsonl, and its weights in runs/. A log that is there is not made again, and a run that was
+# stopped goes on, so this can be stopped and started at will. --jobs N runs N side by side, on a CPU in less time
+# together, but the seconds of each are then those of a shared machine. Each gets an equal part of the cores, or
+# $OMP_NUM_THREADS of them. $DATA_DIR says where CIFAR-10 lies.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +20,7 @@ size=tiny seeds=1 jobs=1 wanted=()
 while [ $# -gt 0 ]; do
     case $1 in
         --size | --seeds | --jobs) [ $# -gt 1 ] || fail "$1 needs a value"; declare "${1#--}=$2"; shift 2 ;;
-        -h | --help) sed -n '2,11s/^# \{0,1\}//p' results/reproduce.sh; exit ;;
+        -h | --help) sed -n '2,12s/^# \{0,1\}//p' results/reproduce.sh; exit ;;
         -*) fail "unknown option $1; usage: results/reproduce.sh [--size tiny|base] [--seeds N] [--jobs N] [ROW...]" ;;
         *) wanted+=("$1"); shift ;;
     esac

@@ -324,6 +324,18 @@ def test_cifar(tmp_path, monkeypatch):
             data.load_dataset(name, str(folder))
 
 
+def test_a_folder_of_images_is_not_taken_for_a_place_to_download_to(tmp_path, monkeypatch):
+    def download(*_, **__):
+        raise OSError("no network")
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", download)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.JPG").touch()
+    with pytest.raises(data.InputError, match="folders of images and no CIFAR-10: add --dataset folder"):
+        data.load_dataset("auto", str(tmp_path))
+    with pytest.raises(data.InputError, match=r"cannot be downloaded \(no network\)"):  # who names it, means it
+        data.load_dataset("cifar10", str(tmp_path))
+
+
 def test_without_data(tmp_path, monkeypatch):
     """A data folder that does not exist is refused. Offline, cifar10 says what to do, and auto takes shapes."""
     monkeypatch.setattr(data, "load_shapes", lambda: "shapes instead")

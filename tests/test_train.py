@@ -21,7 +21,7 @@ import data
 import distill
 import show
 import train
-from checkpoint import load, load_model, precision_name
+from checkpoint import differences, load, load_model, precision_name
 from config import AUGMENTATION, PRESETS, flag_of, model_options, parse_config, resolve
 from model import build_model
 
@@ -565,6 +565,15 @@ def test_out_of_memory_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch):
         run(tmp_path, *flags, "--overwrite")
 
 
+def test_an_option_that_is_newer_than_the_run_may_be_off():
+    settings = config("--size", "tiny", "--device", "cpu", "--erasing", "0.1")
+    was = dataclasses.asdict(settings)
+    assert not differences(was, settings, ())
+    del was["mixup"], was["erasing"]  # as if both were new: one is 0
+    assert differences(was, settings, ()) == "--erasing None -> 0.1"
+    assert differences(was | dict(mixup=None, erasing=0.1), settings, ()) == "--mixup None -> 0.0"
+
+
 def test_a_resumed_run_that_misses_cifar_names_the_cause(tmp_path, monkeypatch):
     flags = ["--name", "c", "--epochs", "1", "--patch-size", "16", "--batch-size", "100", "--dataset", "auto"]
     few = data.load_shapes(400, 100)
@@ -572,6 +581,10 @@ def test_a_resumed_run_that_misses_cifar_names_the_cause(tmp_path, monkeypatch):
     run(tmp_path, *flags)
     monkeypatch.setattr(train, "load_dataset", lambda *_: few)
     with pytest.raises(data.InputError, match="of cifar10, not on these 400 of shapes, as CIFAR-10 was not found: "):
+        run(tmp_path, *flags, "--resume")
+    run(tmp_path, *flags, "--overwrite")
+    monkeypatch.setattr(train, "load_dataset", lambda *_: dataclasses.replace(few, name="cifar10"))
+    with pytest.raises(data.InputError, match="on shapes, as CIFAR-10 was not found then: start again"):
         run(tmp_path, *flags, "--resume")
 
 
