@@ -172,9 +172,10 @@ def sine_positions(num_tokens, dim):
     over a small image. ValueError unless the grid is square and D divisible by 4.
     """
     side = round(num_tokens**0.5)
-    if side**2 != num_tokens or dim % 4:
-        raise ValueError(f"sine positions need a square grid and a width divisible by 4, and here are {num_tokens} "
-                         f"tokens of width {dim}")
+    if side**2 != num_tokens:
+        raise ValueError(f"sine positions need a square grid, not {num_tokens} tokens")
+    if dim % 4:
+        raise ValueError(f"sine positions need a width divisible by 4, not {dim}")
     frequency = 0.1 ** torch.linspace(0, 1, dim // 4)  # (D/4)
     angle = torch.arange(side)[:, None] * frequency  # (side, D/4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side, D/2)

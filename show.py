@@ -419,7 +419,8 @@ def main():
     if args.what in ("curves", "predict") and not args.paths:
         parser.error(f"{args.what} needs at least one path")
     if args.paths and args.what not in ("curves", "predict"):
-        parser.error(f"{args.what} takes no paths")
+        advice = ": --model names a model" if args.what in ("attention", "confusion") else ""
+        parser.error(f"{args.what} takes no paths{advice}")
     if args.count < 1 or args.seed < 0:
         parser.error("--count must be at least 1, and --seed at least 0")
     try:
