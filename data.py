@@ -149,7 +149,7 @@ def load_cifar(name, data_dir):
 
 
 def read_image(path):
-    """A picture file as uint8 (3, S, S), S = 32: RGB, scaled and cropped. InputError if it cannot be read."""
+    """A picture file as uint8 (3, S, S), S = 32: RGB, scaled and cropped, on white. InputError if it cannot be read."""
     try:
         with Image.open(path) as image:
             kind = image.format
@@ -159,6 +159,9 @@ def read_image(path):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif image.mode in ("I", "F"):
                 raise ValueError("its numbers have no fixed range: save it with 8 or 16 bits")
+            if image.has_transparency_data:  # on white: what lies under it is anything, often black
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
             return pil_to_tensor(image)
     except Exception as error:  # PIL raises almost anything, by format and damage

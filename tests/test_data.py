@@ -275,6 +275,20 @@ def test_a_picture_of_16_bits_is_scaled_and_not_cut_off(tmp_path):
             data.read_image(tmp_path / name)
 
 
+def test_a_transparent_picture_is_seen_on_white(tmp_path):
+    picture = Image.new("RGBA", (32, 32), (0, 0, 0, 0))  # black, but not to be seen
+    picture.paste((200, 0, 0, 255), (0, 0, 32, 16))
+    picture.save(tmp_path / "rgba.png")
+    picture.convert("LA").save(tmp_path / "la.png")
+    palette = Image.new("P", (32, 32), 0)
+    palette.putpalette([0, 0, 0, 200, 0, 0])
+    palette.paste(1, (0, 0, 32, 16))
+    palette.save(tmp_path / "p.gif", transparency=0)
+    for name, red in (("rgba.png", [200, 0, 0]), ("la.png", [60, 60, 60]), ("p.gif", [200, 0, 0])):
+        image = data.read_image(tmp_path / name)  # (3, 32, 32)
+        assert image[:, 8, 8].tolist() == red and image[:, 24, 8].tolist() == [255, 255, 255], name
+
+
 def test_folder_that_cannot_be_used(tmp_path):
     """No, too few or broken images, one class, differing classes, unknown parts: InputError with the name in it."""
     (tmp_path / "empty").mkdir()
