@@ -91,7 +91,8 @@ class Attention(nn.Module):
         else:
             # The same in one kernel, which never writes the N x N weights to memory. It never gets a mask: there is
             # nothing to hide, and with a mask cuDNN's gradients for 64 tokens can be nan (pytorch issue 196678). On
-            # CPUs its backward pass is slower than the lines above, in bf16 several times (README, "Read it").
+            # CPUs its backward pass is slower than the lines above, in bf16 several times (README, "What is unusual
+            # here").
             out = F.scaled_dot_product_attention(q, k, v)  # (B, H, N, E)
         out = self.proj(out.transpose(1, 2).reshape(B, N, D))  # (B, N, D)
         return (out, weights) if return_weights else out

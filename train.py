@@ -56,7 +56,7 @@ def make_model(config, dataset):
     """The model of a resolved config, on the CPU. Its weights depend on the seed and the training images alone."""
     torch.manual_seed(config.seed)
     model = build_model(config.model, **model_options(config, len(dataset.classes)))
-    if config.whiten == "on":  # what this gains is in the README, under "Read it"
+    if config.whiten == "on":  # what this gains is in the README, under "What is unusual here"
         sample = dataset.train_images[:: max(1, len(dataset.train_images) // 5000)]
         whiten(first_layer(model), dataset.normalise(sample).cpu())
     return model
