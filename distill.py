@@ -108,7 +108,8 @@ def train_teacher(config, dataset):
     """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`."""
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
     teacher = settings.resolve(settings.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
-    if teacher.batch_size > len(dataset.train_labels):
+    rank, processes = train.join_processes(config)
+    if teacher.batch_size > len(dataset.train_labels) or teacher.batch_size % processes:
         teacher.batch_size = config.batch_size  # which fits: start has seen to it
     path, last = os.path.join(teacher.folder, "model.pt"), os.path.join(teacher.folder, "last.pt")
     trained = os.path.exists(path)
@@ -127,7 +128,6 @@ def train_teacher(config, dataset):
     if not trained:
         teacher.resume = os.path.exists(last)
         teacher.overwrite = not teacher.resume
-        rank, _ = train.join_processes(config)
         if rank == 0:
             open_run(teacher)  # first: if it is refused, nothing of the student's was touched
             if not config.resume:
@@ -211,10 +211,12 @@ def start(config):
         print(f"{config.folder} has no last.pt yet: the student starts from the beginning")
         config.resume, config.overwrite = False, True
     dataset = train.load_for_all(config)
-    train.count_steps(config, len(dataset.train_labels), processes)  # does the batch size fit? For the same reason
+    # Do the batch size and --compile fit? For the same reason.
+    train.count_steps(config, len(dataset.train_labels), processes)
+    compiled = train.choose_compile(config, len(dataset.train_labels), processes)
     path = config.teacher or train_teacher(config, dataset)
     teacher = load_teacher(path, dataset, config.device)
-    if train.choose_compile(config, len(dataset.train_labels), processes):
+    if compiled:
         teacher.compile()  # without CUDA graphs: it runs between the student's two passes, which are such
     accuracy = train.evaluate(teacher, dataset, config.batch_size, train.make_autocast(config))
     seconds = seconds_per_step(teacher, dataset, config, processes)

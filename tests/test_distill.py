@@ -308,6 +308,24 @@ def test_a_teacher_that_another_run_is_training_costs_the_student_nothing(tmp_pa
     assert earlier.exists() and not (tmp_path / "new").exists()
 
 
+def test_of_several_processes_a_refusal_costs_the_student_nothing_and_the_teachers_batches_can_be_shared(
+        tmp_path, fewer_shapes, monkeypatch):
+    def stop(config, dataset):
+        batch_sizes.append(config.batch_size)
+        raise data.InputError("enough")
+    batch_sizes, old = [], tmp_path / "s" / "model.pt"
+    old.parent.mkdir(), old.touch()
+    monkeypatch.setattr(train, "join_processes", lambda _: (0, 3))
+    monkeypatch.setattr(train, "load_for_all", lambda _: fewer_shapes)
+    monkeypatch.setattr(train, "run", stop)
+    with pytest.raises(data.InputError, match="--compile on is for one process"):
+        start(tmp_path, "--name", "s", "--overwrite", "--batch-size", "30", "--compile", "on")
+    assert old.exists()
+    with pytest.raises(data.InputError, match="enough"):
+        start(tmp_path, "--name", "s", "--overwrite", "--batch-size", "30")
+    assert batch_sizes == [30]  # its preset's 250 are not divisible by 3
+
+
 def test_resuming_knows_a_teacher_by_its_folder_too(tmp_path, teacher, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "stopped_by", [2])
