@@ -191,7 +191,7 @@ def load_for(about, args):
     InputError if its classes are not those of the model, or if other images were held out.
     """
     name = args.dataset or about.get("dataset", "auto")
-    own = name == about.get("dataset")
+    own = name in ("auto", about.get("dataset"))  # auto: if it is another, its classes say so
     hold_out = about.get("hold_out", 0) if own else 0
     dataset = load_dataset(name, args.data_dir, hold_out, about.get("seed", 0))
     if dataset.classes != about["classes"]:

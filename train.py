@@ -35,7 +35,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoint import (check_folder, describe_machine, git_commit, load, load_last, open_run, out_of_memory,
                         peak_memory, precision_name, save)
@@ -354,14 +353,15 @@ def join_processes(config):
 
 
 def load_for_all(config):
-    """The run's data set, on its device. Of several processes the first goes ahead, and downloads for all."""
+    """The run's data set, on its device. Of several processes the first downloads for all, and says which it is."""
     rank, processes = join_processes(config)
-    if rank > 0:
-        dist.barrier()
-    dataset = load_dataset(config.dataset, config.data_dir, config.hold_out, config.seed).to(config.device)
-    if rank == 0 and processes > 1:
-        dist.barrier()
-    return dataset
+    load = lambda name: load_dataset(name, config.data_dir, config.hold_out, config.seed).to(config.device)
+    if processes == 1:
+        return load(config.dataset)
+    dataset = load(config.dataset) if rank == 0 else None
+    found = [dataset and dataset.name]  # with --dataset auto all are to have the same
+    dist.broadcast_object_list(found)
+    return dataset or load(found[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -579,7 +579,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             step_optimizers(model, optimizers, scaler, config.clip)
             if averaged is not model:  # the decay rises from 0.1 to config.ema, so that the first weights are forgotten
                 decay = min(config.ema, (1 + step) / (10 + step))
-                get_ema_multi_avg_fn(decay)(averaged_state, model_state, None)
+                torch._foreach_lerp_(averaged_state, model_state, 1 - decay)
             for name, value in {"loss": loss, **parts}.items():
                 if name not in curves:
                     curves[name] = torch.zeros(steps_per_epoch, device=device)

@@ -33,7 +33,6 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.benchmark import Timer
 from torchvision.transforms import v2
 
@@ -130,7 +129,7 @@ class Ours:
         train.step_optimizers(self.model, self.optimizers, self.scaler, self.config.clip)
         mark("EMA")
         if self.config.ema:
-            get_ema_multi_avg_fn(self.config.ema)(self.averaged, self.weights, None)
+            torch._foreach_lerp_(self.averaged, self.weights, 1 - self.config.ema)
         mark("end")
 
 
@@ -513,8 +512,9 @@ def markdown(result):
     before = " before each model" if len(rates) > 1 else ""
     rate = f"; MFU: of the {' to '.join(ends)} TFLOP/s that a large matrix product reached{before}" if rates else ""
     precision = precision_name(result["amp"], result["arguments"]["device"])
-    # In a search for the shortest schedule, each run decides that by its length.
-    compiled = "" if result["what"] == "accuracy" else ", compiled" if result["compiled"] else ", not compiled"
+    # In a search for the shortest schedule, each run decides that by its length; a trap says it itself.
+    compiled = ", compiled" if result["compiled"] else ", not compiled"
+    compiled = compiled if result["what"] in ("models", "scaling") else ""
     return (f"On {result['machine']}, torch {result['torch']}, {precision}{compiled}{rate}:\n\n"
             + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in [head, ["---"] * len(head), *lines]))
 

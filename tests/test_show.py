@@ -159,6 +159,12 @@ def test_confusion_leaves_the_test_set_alone_if_the_run_did(tmp_path, monkeypatc
     assert capsys.readouterr().out.splitlines()[0] == "shapes, 500 hold-out images"
     held_out = data.load_dataset("shapes", hold_out=500, seed=3)
     assert torch.equal(seen[0].test_images, held_out.test_images)
+
+    def no_network(*_):
+        raise ConnectionError
+    monkeypatch.setattr(data, "load_cifar", no_network)  # so auto is shapes too
+    call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt", "--dataset", "auto")
+    assert capsys.readouterr().out.splitlines()[0] == "shapes, 500 hold-out images"
     path = tmp_path / "h" / "model.pt"
     content = torch.load(path)
     torch.save(content | dict(mean=content["mean"] + 0.01), path)  # as if images had been added since

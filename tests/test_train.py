@@ -226,7 +226,7 @@ def test_the_moving_average_is_the_hand_sum_and_takes_the_batchnorm_statistics_a
     model, averaged = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     for tensor in (model.weight.data, model.running_mean):
         tensor.fill_(5)
-    train.get_ema_multi_avg_fn(0.9)(train.float_state(averaged), train.float_state(model), None)
+    torch._foreach_lerp_(train.float_state(averaged), train.float_state(model), 1 - 0.9)
     torch.testing.assert_close(averaged.weight.data, torch.full((3,), 0.9 * 1 + 0.1 * 5))
     torch.testing.assert_close(averaged.running_mean, torch.full((3,), 0.5))
 
@@ -642,6 +642,18 @@ def test_without_amp_a_gpu_computes_in_tf32_and_is_said_to():
     assert torch.get_float32_matmul_precision() == "high"  # TF32 with CUDA; a CPU and a Mac have none
     names = [precision_name("off", device) for device in ("cuda", "cpu", "mps")]
     assert names == ["TF32", "float32", "float32"] and precision_name("bf16", "cuda") == "bf16"
+
+
+def test_all_processes_take_the_data_set_that_the_first_one_found(monkeypatch):
+    loaded, told, few = [], [], data.load_shapes(20, 10)
+    monkeypatch.setattr(train, "load_dataset", lambda name, *_: loaded.append(name) or few)
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda found: told.append(found[0]))
+    monkeypatch.setattr(train, "join_processes", lambda _: (0, 2))
+    train.load_for_all(config("--device", "cpu"))
+    monkeypatch.setattr(train.dist, "broadcast_object_list", lambda found: found.__setitem__(0, told[0]))
+    monkeypatch.setattr(train, "join_processes", lambda _: (1, 2))
+    train.load_for_all(config("--device", "cpu"))
+    assert loaded == ["auto", "shapes"]
 
 
 def test_several_processes_are_not_compiled():
