@@ -43,7 +43,7 @@ def save(content, path):
                          "on with --resume") from None
 
 
-def load(path, advice=""):
+def load(path, advice="; a run's model.pt comes back if you delete it and give the run's command with --resume"):
     """What `save` wrote, on the CPU; only tensors and plain values, never code. InputError if missing or not whole.
 
     advice: is added to the sentence about a file that is not whole.

@@ -132,8 +132,8 @@ def load_cifar(name, data_dir):
                                  "--data-dir") from None
             reason = str(error).partition("\n")[0]
             raise ConnectionError(f"{name} is not in {folder} and cannot be downloaded ({reason}): name the folder "
-                                  f"that holds {source.base_folder} with --data-dir, or take --dataset shapes, which "
-                                  "needs no download") from None
+                                  f"that holds {source.base_folder} with --data-dir or $DATA_DIR, or take --dataset "
+                                  "shapes, which needs no download") from None
         finally:
             socket.setdefaulttimeout(None)
     for file, md5 in [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]:

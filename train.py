@@ -510,8 +510,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                                  f"{total_steps}: ask for more with --epochs")
             accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
             if finished:
-                print(f"{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} accuracy "
-                      f"{accuracy:.4f}: ask for more with --epochs")
+                print(f"{note}{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} "
+                      f"accuracy {accuracy:.4f}: ask for more with --epochs")
                 return accuracy
         print(f"goes on from step {step} of {total_steps}")
         if config.epochs != epochs_before:

@@ -574,7 +574,7 @@ def test_an_option_that_is_newer_than_the_run_may_be_off():
     assert differences(was | dict(mixup=None, erasing=0.1), settings, ()) == "--mixup None -> 0.0"
 
 
-def test_a_resumed_run_that_misses_cifar_names_the_cause(tmp_path, monkeypatch):
+def test_a_resumed_run_that_misses_cifar_names_the_cause(tmp_path, monkeypatch, capsys):
     flags = ["--name", "c", "--epochs", "1", "--patch-size", "16", "--batch-size", "100", "--dataset", "auto"]
     few = data.load_shapes(400, 100)
     monkeypatch.setattr(train, "load_dataset", lambda *_: dataclasses.replace(few, name="cifar10"))
@@ -583,6 +583,8 @@ def test_a_resumed_run_that_misses_cifar_names_the_cause(tmp_path, monkeypatch):
     with pytest.raises(data.InputError, match="of cifar10, not on these 400 of shapes, as CIFAR-10 was not found: "):
         run(tmp_path, *flags, "--resume")
     run(tmp_path, *flags, "--overwrite")
+    run(tmp_path, *flags, "--resume")
+    assert re.search("CIFAR-10 was not found, so .*has had its 1 epochs", capsys.readouterr().out)
     monkeypatch.setattr(train, "load_dataset", lambda *_: dataclasses.replace(few, name="cifar10"))
     with pytest.raises(data.InputError, match="on shapes, as CIFAR-10 was not found then: start again"):
         run(tmp_path, *flags, "--resume")
