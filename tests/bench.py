@@ -512,9 +512,9 @@ def markdown(result):
     before = " before each model" if len(rates) > 1 else ""
     rate = f"; MFU: of the {' to '.join(ends)} TFLOP/s that a large matrix product reached{before}" if rates else ""
     precision = precision_name(result["amp"], result["arguments"]["device"])
-    # In a search for the shortest schedule, each run decides that by its length; a trap says it itself.
     compiled = ", compiled" if result["compiled"] else ", not compiled"
-    compiled = compiled if result["what"] in ("models", "scaling") else ""
+    if result["what"] in ("accuracy", "traps"):  # there each run decides that by its length, and each trap says it
+        compiled = ""
     return (f"On {result['machine']}, torch {result['torch']}, {precision}{compiled}{rate}:\n\n"
             + "".join("| " + " | ".join(map(str, line)) + " |\n" for line in [head, ["---"] * len(head), *lines]))
 
