@@ -22,7 +22,7 @@ from model import build_model
 # Checkpoints
 
 def out_of_memory(error):
-    """Whether the error says that memory ran out: of a CPU torch raises a plain RuntimeError, and some are wrapped."""
+    """Whether the error says that memory ran out. For a CPU's, torch raises a plain RuntimeError; some are wrapped."""
     return (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error)
             or "can't allocate memory" in str(error))
 
@@ -165,8 +165,7 @@ def open_run(config):
     log = os.path.join(folder, "log.jsonl")
     try:
         if config.resume:
-            if os.path.isdir(folder):
-                lock(folder)  # before last.pt is read: the run that writes it may be about to end
+            lock(folder)  # before last.pt is read: the run that writes it may be about to end
             checkpoint = load_last(folder)
             differ = differences(checkpoint["config"], config, FREE_FIELDS)
             if differ:

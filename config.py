@@ -5,7 +5,6 @@ takes of a config, and `resolve`, which puts a preset's values where the command
 """
 
 import argparse
-import copy
 import dataclasses
 import math
 import os
@@ -153,7 +152,6 @@ def parse_config(config_class=Config, argv=None, description=None):
 
     argv: its words (default: the program's own); description: what --help says first.
     """
-
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for field in dataclasses.fields(config_class):
         flag, kind, meta = flag_of(field), field.type, field.metadata
@@ -185,7 +183,7 @@ def model_options(config, num_classes):
 
 def resolve(config):
     """Put the preset's values where the config has none, and check all values. InputError if one is impossible."""
-    config = copy.copy(config)
+    config = dataclasses.replace(config)
     for field in dataclasses.fields(config):
         choices, value = field.metadata["choices"], getattr(config, field.name)
         if choices and value != field.default and value not in choices:

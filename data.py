@@ -154,7 +154,7 @@ def read_image(path):
         with Image.open(path) as image:
             kind = image.format
             image = ImageOps.exif_transpose(image)  # cameras store which side is up in EXIF
-            # 16 bits of grey, for some formats in numbers of 32: convert would make all from 255 on white.
+            # 16 bits of grey, which some formats store as 32: convert would turn all above 255 into white.
             if image.mode.startswith("I;16") or image.mode == "I" and kind in ("PNG", "PPM"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             elif image.mode in ("I", "F"):

@@ -91,8 +91,8 @@ def make_loss(teacher, config):
         with torch.no_grad():
             by_label, by_teacher = split_heads(logits)
             agree = (by_teacher.argmax(dim=1) == teacher_logits.argmax(dim=1)).float().mean()
-            # KL and a hard label's cross-entropy can fall to 0, the labels' own to their entropy: all of it at once
-            # only if teacher and labels agree, or have a head each.
+            # The teacher's term can fall to 0, the labels' to their entropy: both at once only if teacher and labels
+            # agree, or have a head each.
             parts = dict(floor=(1 - config.alpha) * entropy(targets),
                          kl=kl_divergence(by_teacher, teacher_logits, config.temperature),
                          cross_entropy=F.cross_entropy(by_label, targets), agreement=agree)
@@ -123,7 +123,7 @@ def train_teacher(config, dataset):
         if differ:
             raise InputError(f"the teacher in {teacher.folder} is not of its preset ({differ}): {take_it}move that "
                              "folder away")
-        # Else the run went on, and was stopped.
+        # If last.pt is at another step, the teacher was resumed for more epochs, and stopped.
         trained = trained and load(path).get("step") == checkpoint.get("step")
     if not trained:
         teacher.resume = os.path.exists(last)

@@ -324,9 +324,8 @@ class BasicBlock(nn.Module):
         if downsample is None and in_channels == out_channels:
             self.shortcut = nn.Identity()
         else:
-            pool = nn.MaxPool2d(2) if downsample == "pool" else nn.Identity()
             conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(pool, conv, nn.BatchNorm2d(out_channels))
+            self.shortcut = nn.Sequential(self.pool, conv, nn.BatchNorm2d(out_channels))
         # Initialisation is torch's own: a BatchNorm follows every convolution, so the scale of a kernel does not reach
         # the output. The last BatchNorm's gamma starts at 1, not at 0 as for very large batches: AdamW moves it by
         # about the learning rate a step, so a short run would spend hundreds of steps near 0.

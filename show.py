@@ -227,7 +227,7 @@ def calibration_error(probability, labels, bins=15):
 
 
 def confusion(args):
-    """Per-class accuracy, the confusion matrix and the calibration error, without and with flip TTA: see load_for."""
+    """Per-class accuracy, confusion matrix and calibration error, without and with flip TTA, on load_for's images."""
     model, about = load_trained(args)
     dataset = load_for(about, args)
     dataset.mean, dataset.std = about["mean"], about["std"]
@@ -353,11 +353,6 @@ def markdown_table(size):
     """The results of that size as a Markdown table: a line for each row of runs.txt, over its seeds."""
     head = ["run", "accuracy, % (mean ± std)", "n", "M parameters", "GFLOP/image", "epochs", "seconds", "images/s",
             "peak GB", "on", "command"]
-    if not glob.glob(os.path.join(ROOT, "results", size, "*.jsonl")):
-        runs = 3 * (len(planned(size)) + len(planned(size, ablations=True)))
-        command = f"results/reproduce.sh --size {size} --seeds 3"
-        return (f"{size}: not run yet. `{command} ROW` makes one row; without ROW it makes all rows and ablations: "
-                f"{runs} runs.\n")
     rows = {name: list(finished_runs(size, name).values()) for name in planned(size)}
     lines, letters = [], lettered(size)
     for name, command in planned(size).items():

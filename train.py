@@ -142,8 +142,9 @@ def as_graph(function):
     torch.cuda.current_stream().wait_stream(stream)
     gc.collect()  # what is collected during the recording, such as an old graph, would break it
     graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps a workspace for each stream. With none left, and on another stream than torch's for all graphs, it
-    # makes one in this graph's own memory. "thread_local" lets other threads go on, such as NCCL's.
+    # cuBLAS keeps a workspace for each stream. They are cleared, and the recording gets a stream of its own in place of
+    # the one that torch shares among graphs: so cuBLAS makes a workspace in this graph's own memory. "thread_local"
+    # lets other threads go on, such as NCCL's.
     torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         function()
@@ -266,7 +267,7 @@ def make_autocast(config):
 
 
 def use_fast_kernels():
-    """Faster, a little less exact: TF32 for a GPU's float32 products, cuDNN's fastest convolutions; keep_memory."""
+    """Faster, a little less exact: TF32 for a GPU's float32 products, cuDNN's fastest kernels. On CPUs: keep_memory."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     keep_memory()
@@ -356,11 +357,10 @@ def load_for_all(config):
     """The run's data set, on its device. Of several processes the first downloads for all, and says which it is."""
     rank, processes = join_processes(config)
     load = lambda name: load_dataset(name, config.data_dir, config.hold_out, config.seed).to(config.device)
-    if processes == 1:
-        return load(config.dataset)
     dataset = load(config.dataset) if rank == 0 else None
     found = [dataset and dataset.name]  # with --dataset auto all are to have the same
-    dist.broadcast_object_list(found)
+    if processes > 1:
+        dist.broadcast_object_list(found)
     return dataset or load(found[0])
 
 
@@ -451,7 +451,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     the log's first line. Raises InputError for what the person who started it can fix.
     """
     began = time.perf_counter()
-    # What runs: data, model, precision.
+    # What runs: precision, data, steps, model.
     rank, processes = join_processes(config)
     device = config.device
     use_fast_kernels()
@@ -474,7 +474,6 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         checkpoint = load_last(folder) if config.resume else None
     augmentation = {name: getattr(config, name) for name in AUGMENTATION}
     options = model_options(config, len(dataset.classes))
-    flops = count_flops(config.model, options, dataset.train_images.shape[1:])
     model = make_model(config, dataset)
     if processes > 1 and device == "cuda":  # on a CPU every process takes the statistics of its own share
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -495,7 +494,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
 
     stateful = dict(model=model, averaged=averaged, scaler=scaler,
                     **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)})
-    step, speeds, accuracy = 0, [], None
+    step, speeds = 0, []
     if checkpoint:
         curves, step, speeds, seconds = restore(checkpoint, stateful, data, config)
         began -= seconds  # the clock goes on from where it stood
@@ -516,7 +515,6 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         print(f"goes on from step {step} of {total_steps}")
         if config.epochs != epochs_before:
             print(f"it has {config.epochs} epochs now, not {epochs_before}: the learning rate follows the new schedule")
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
     last_save, save_seconds = time.perf_counter(), 0.0
 
@@ -524,7 +522,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         """Write last.pt. A run that was asked to stop ends here."""
         nonlocal last_save, save_seconds
         save_began = time.perf_counter()
-        if rank == 0:  # within an epoch its curves are of its own share of the batches
+        if rank == 0:  # in the middle of an epoch the curves are of the first process's share alone
             save(dict(config=dataclasses.asdict(config), data=data, step=step, curves=curves, speeds=speeds,
                       seconds=time.perf_counter() - began,
                       **{name: part.state_dict() for name, part in stateful.items()}), os.path.join(folder, "last.pt"))
@@ -544,6 +542,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             os.fsync(file.fileno())  # on the disk before the checkpoint that follows it
 
     parameters = sum(p.numel() for p in model.parameters())
+    flops = count_flops(config.model, options, dataset.train_images.shape[1:])
     machine = describe_machine(device)
     log("start" if step == 0 else "resume", step=step, command=shlex.join(["python", *sys.argv]), commit=git_commit(),
         config=dataclasses.asdict(config), data=data, parameters=parameters, forward_flops=flops, amp=amp,
@@ -557,19 +556,20 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
     # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, optimizers, average.
-    first_step, first_step_seconds, training_start = step, None, time.perf_counter()
-    time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - first_step))
+    start_step, first_step_seconds, training_start = step, None, time.perf_counter()
+    time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - start_step))
     for epoch in range(step // steps_per_epoch, config.epochs):
         model.train()
         epoch_start = shown = time.perf_counter()
         done = step % steps_per_epoch  # of this epoch, more than 0 only after a resume
         batches = train_batches(dataset, epoch, config.batch_size, config.seed, first_step=done, **augmentation)
         for i, (images, targets) in enumerate(batches, start=done):
-            # Every process makes the whole batch, from the same seed, and trains on its share (for each of which
-            # DropPath draws the same). With one process the share is all: (B, C, S, S) and (B, K).
+            # Every process makes the whole batch, from the same seed, and trains on its share; so DropPath draws the
+            # same in each. With one process the share is all: (B, C, S, S) and (B, K).
             images, targets = images[rank::processes], targets[rank::processes]
-            for group in groups:
-                group["lr"] = lr(step, group["peak_lr"])
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr(step, group["peak_lr"])
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()  # the last step's logits and gradients are not needed
             with autocast:
@@ -577,7 +577,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             loss, parts = loss_function(logits.float(), targets, images)
             scaler.scale(loss).backward()
             step_optimizers(model, optimizers, scaler, config.clip)
-            if averaged is not model:  # the decay rises from 0.1 to config.ema, so that the first weights are forgotten
+            if config.ema:  # the decay rises from 0.1 to config.ema, so that the first weights are forgotten
                 decay = min(config.ema, (1 + step) / (10 + step))
                 torch._foreach_lerp_(averaged_state, model_state, 1 - decay)
             for name, value in {"loss": loss, **parts}.items():

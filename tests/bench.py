@@ -121,8 +121,7 @@ class Ours:
             torch.compiler.cudagraph_mark_step_begin()
         with self.autocast:
             logits = self.model(images)
-        loss, parts = train.cross_entropy(logits.float(), targets, images)
-        self.curves = loss.detach(), parts["floor"]
+        loss, _ = train.cross_entropy(logits.float(), targets, images)
         mark("backward")
         self.scaler.scale(loss).backward()
         mark("optimizer")
