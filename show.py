@@ -266,15 +266,18 @@ def predict(args):
 def read_log(path):
     """The lines of a log.jsonl, as dicts. InputError if it cannot be read or is empty.
 
-    A run that was killed and resumed may have done an epoch twice: the later line counts.
+    A run that was killed and resumed does the epochs after its last save again: those that were lost do not count.
     """
     try:
+        lines = []
         with open(path) as file:
-            lines = [json.loads(line) for line in file]
+            for line in map(json.loads, file):
+                if line["event"] == "resume":
+                    lines = [old for old in lines if old["event"] != "epoch" or old["step"] <= line["step"]]
+                lines.append(line)
         if not lines:
             raise ValueError("it is empty")
-        last = {line["epoch"]: line for line in lines if line["event"] == "epoch"}
-        return [line for line in lines if line["event"] != "epoch" or line is last[line["epoch"]]]
+        return lines
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the log {path} ({error})") from None
     except (KeyError, TypeError):

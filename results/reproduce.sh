@@ -9,6 +9,7 @@
 # together, but the seconds of each are then those of a shared machine. Each gets an equal part of the cores, or
 # $OMP_NUM_THREADS of them. $DATA_DIR says where CIFAR-10 lies.
 set -euo pipefail
+[[ ${DATA_DIR:-/} == /* ]] || DATA_DIR=$PWD/$DATA_DIR  # from where it was called
 cd "$(dirname "$0")/.."
 
 planned() {  # name and command of all that is run at the size

@@ -1,6 +1,7 @@
 """show.py: the numbers it prints against hand counts, its pictures by their pixels, its table against the logs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -259,11 +260,13 @@ def test_a_command_line_that_means_nothing_is_refused(tmp_path, monkeypatch, cap
 
 # ---- The table
 
-def test_an_epoch_that_a_killed_run_did_twice_counts_once(tmp_path):
-    lines = [dict(event="start"), dict(event="epoch", epoch=1), dict(event="epoch", epoch=2, accuracy=0.1),
-             dict(event="resume"), dict(event="epoch", epoch=2, accuracy=0.2), dict(event="end")]
+def test_epochs_that_a_killed_run_did_twice_count_once(tmp_path):
+    """Of three epochs, of four steps each, the first was saved: the others are lost, before they come again too."""
+    epoch = lambda n, accuracy: dict(event="epoch", epoch=n, step=4 * n, accuracy=accuracy)
+    lines = [dict(event="start", step=0), epoch(1, 0.1), epoch(2, 0.2), epoch(3, 0.3),
+             dict(event="resume", step=4), epoch(2, 0.4), dict(event="end")]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert show.read_log(tmp_path / "log.jsonl") == lines[:2] + lines[3:]
+    assert show.read_log(tmp_path / "log.jsonl") == lines[:2] + lines[4:]
     (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
     with pytest.raises(data.InputError, match="not a log"):
         show.read_log(tmp_path / "log.jsonl")
@@ -353,6 +356,7 @@ def test_every_row_is_a_command_that_parses_and_every_ablation_changes_its_base(
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$@" >> calls
 echo "${OMP_NUM_THREADS-all}" >> threads
+echo "${DATA_DIR-data}" >> data_dirs
 [ "$1" != -c ] || { mkdir -p data/cifar-10-batches-py; exit; }
 while [ $# -gt 0 ]; do case $1 in --name) name=$2;; --out) out=$2;; esac; shift; done
 mkdir -p "$out/$name"
@@ -438,6 +442,7 @@ def test_one_process_downloads_for_runs_side_by_side(tmp_path, reproduce):
     assert [run.split()[0] for run in runs] == ["train.py"] * 2
     assert reproduce("--jobs", "2", "hybrid-builtin", DATA_DIR="elsewhere").wait() == 0
     assert [call.split()[0] for call in (tmp_path / "calls").read_text().splitlines()[3:]] == ["-c", "train.py"]
+    assert (tmp_path / "data_dirs").read_text().split() == ["data"] * 3 + [f"{os.getcwd()}/elsewhere"] * 2
 
 
 def test_reproduce_says_which_run_failed(tmp_path, reproduce):
