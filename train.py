@@ -504,9 +504,9 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             finished = os.path.exists(model_path) and load(model_path).get("step") == step
             if processes > 1:
                 dist.barrier()  # all have looked before the first one writes it
-            if step > total_steps and not finished:
-                raise InputError(f"{folder}/last.pt is past {config.epochs} epochs, at step {step} where they end at "
-                                 f"{total_steps}: ask for more with --epochs")
+            if (step > total_steps or config.epochs != epochs_before) and not finished:  # its schedule is another
+                raise InputError(f"{folder}/last.pt is at step {step} of {epochs_before} epochs, and {config.epochs} "
+                                 f"would end at {total_steps}: ask for more with --epochs")
             accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
             if finished:
                 print(f"{note}{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} "

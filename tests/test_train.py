@@ -520,8 +520,13 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
     assert run(tmp_path, *flags, "--resume")[0] == accuracy
     assert same(load(path), content)
     path.unlink()  # as if it had been stopped on the way to more epochs: it is not at the end of fewer
-    with pytest.raises(data.InputError, match="past 1 epochs, at step 32 where they end at 16: ask for more"):
+    with pytest.raises(data.InputError, match="at step 32 of 2 epochs, and 1 would end at 16: ask for more"):
         run(tmp_path, *flags, "--resume", "--epochs", "1")
+    last = tmp_path / "f" / "last.pt"
+    content = load(last)
+    torch.save(dict(content, config=dict(content["config"], epochs=4)), last)  # as if stopped at the half of four
+    with pytest.raises(data.InputError, match="at step 32 of 4 epochs, and 2 would end at 32: ask for more"):
+        run(tmp_path, *flags, "--resume")
     assert not path.exists()
 
 
