@@ -35,9 +35,9 @@ done
 cores=$(getconf _NPROCESSORS_ONLN)
 [ "$jobs" -eq 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 
-teacher_row=resnet18  # its seed 0 teaches all students; that of base's logs has 50 epochs, not the preset's 100
+teacher_row=resnet18  # teaches the students of its seed; that of base's logs has 50 epochs, not the preset's 100
 [ "$size" = tiny ] || teacher_row=resnet18-50-epochs
-out=runs/reproduce-$size teacher=runs/reproduce-$size/$teacher_row-0/model.pt
+out=runs/reproduce-$size
 started=() names=()
 trap 'kill ${started[@]+"${started[@]}"} 2> /dev/null || :; wait; exit 130' INT TERM  # each saves what it has
 
@@ -49,7 +49,7 @@ start() {  # NAME SEED SCRIPT FLAGS...: in the background
     local name=$1 seed=$2 more=()
     shift 2
     [ "$jobs" -eq 1 ] || [ -e "${DATA_DIR:-data}/cifar-10-batches-py" ] || download || exit 2
-    if [ "$1" = distill.py ]; then more+=(--teacher "$teacher"); fi
+    if [ "$1" = distill.py ]; then more+=(--teacher "$out/$teacher_row-$seed/model.pt"); fi
     if [ -e "$out/$name/last.pt" ]; then more+=(--resume); elif [ -e "$out/$name" ]; then more+=(--overwrite); fi
     python "$@" --size "$size" --seed "$seed" --name "$name" --out "$out" --dataset cifar10 ${more[@]+"${more[@]}"} \
         < /dev/null &
@@ -72,10 +72,11 @@ while read -r row command; do
             echo "$row-$seed: results/$size/$row-$seed.jsonl is there"
             continue
         fi
-        if [[ $command == distill.py* && ! -e $teacher ]]; then
+        teacher=$teacher_row-$seed
+        if [[ $command == distill.py* && ! -e $out/$teacher/model.pt ]]; then
             finish 0  # it may be among them
-            [ -e "$teacher" ] ||
-                start "$teacher_row-0" 0 $(planned | awk -v row="$teacher_row" '$1 == row { $1 = ""; print }')
+            [ -e "$out/$teacher/model.pt" ] ||
+                start "$teacher" "$seed" $(planned | awk -v row="$teacher_row" '$1 == row { $1 = ""; print }')
             finish 0
         fi
         finish $((jobs - 1))

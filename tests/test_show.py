@@ -415,6 +415,11 @@ def test_reproduce_runs_ablations_side_by_side_and_a_teacher_before_its_students
     assert student.endswith("--teacher runs/reproduce-tiny/resnet18-0/model.pt")
     assert {p.name for p in (tmp_path / "results" / "tiny").iterdir()} == {
         "hard-0.jsonl", "patch-8-0.jsonl", "cls-0.jsonl", "resnet18-0.jsonl"}
+    assert reproduce("--seeds", "2", "hard").wait() == 0  # a second seed has a teacher of its own
+    teacher, student = (tmp_path / "calls").read_text().splitlines()[4:]
+    assert "--seed 1 --name resnet18-1 " in teacher
+    assert "--seed 1 --name hard-1 " in student
+    assert student.endswith("--teacher runs/reproduce-tiny/resnet18-1/model.pt")
 
 
 def test_the_students_of_base_learn_from_the_teacher_that_its_logs_name(tmp_path, reproduce):
