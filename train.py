@@ -6,8 +6,8 @@
 
 In bf16, with torch 2.11 on the H200 and 2.14 on the CPU (AMD EPYC).
 
-From top to bottom: the model, the schedule, the optimizers, precision, evaluation, several processes, and `run`, the
-loop itself. It writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt (the
+From top to bottom: the model, the schedule, the parameter groups, precision, evaluation, several processes, and `run`,
+the loop itself. It writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt (the
 weights, and what it takes to rebuild the model). Options and presets are in config.py; how files are written and read
 is in checkpoint.py.
 """
@@ -16,7 +16,6 @@ import copy
 import ctypes
 import dataclasses
 import errno
-import gc
 import importlib.util
 import json
 import math
@@ -28,7 +27,6 @@ import signal
 import statistics
 import sys
 import time
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -41,6 +39,7 @@ from checkpoint import (check_folder, describe_machine, git_commit, load, load_l
 from config import AUGMENTATION, Config, model_options, parse_config, resolve
 from data import InputError, entropy, load_dataset, test_batches, train_batches
 from model import build_model, whiten
+from muon import Muon
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ def make_model(config, dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedule and optimizers
+# Schedule and parameter groups
 
 def lr_at(step, total_steps, warmup_steps, peak, schedule="cosine"):
     """The learning rate of a step, 0 <= step < total_steps: a line up to `peak`, then down towards 0.
@@ -91,100 +90,6 @@ def split_parameters(model):
     known = set(map(id, matrices))
     rest = [p for p in model.parameters() if id(p) not in known]
     return inner, outer, rest
-
-
-def orthogonalise(matrices, dtype=torch.float32):
-    """Roughly U V^T for each matrix U S V^T (singular values S): the nearest one whose singular values are all 1.
-
-    matrices float (n, O, I) -> the same shape, in `dtype`. Five steps of a Newton-Schulz iteration, an odd polynomial
-    of the matrix, which leaves U and V alone: singular values between 0.002 and 1 end between 0.68 and 1.21. It needs
-    only matrix products, for which bf16 is precise enough.
-    """
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # (n, R, L), R <= L: the products x x^T are the smaller ones
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)  # no singular value is above 1
-    for _ in range(5):
-        gram = x @ x.mT  # (n, R, R)
-        # x <- 3.4445 x - 4.7750 (x x^T) x + 2.0315 (x x^T)^2 x
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x  # (n, O, I)
-
-
-def orthogonal_steps(tensors, dtype=torch.float32):
-    """Replace each tensor by the orthogonal matrix near it, in the size of a step of AdamW. Builds on orthogonalise.
-
-    tensors: float32 matrices (O, I) and kernels (O, C, k, k), which count as matrices (O, C*k*k), as a list; changed in
-    place. `dtype` is that of the products.
-    """
-    alike = {}  # by shape: all of a shape go through each product together, in one launch on a GPU
-    for tensor in tensors:
-        alike.setdefault(tensor.shape, []).append(tensor)
-    for same in alike.values():
-        matrices = orthogonalise(torch.stack(same).flatten(2), dtype)  # (n, O, C*k*k)
-        # An orthogonal matrix's entries have an RMS of 1 / sqrt(the longer side), those of AdamW's step 0.2.
-        matrices = matrices.float() * (0.2 * max(matrices.shape[1:]) ** 0.5)
-        for tensor, matrix in zip(same, matrices):
-            tensor.copy_(matrix.reshape(tensor.shape))  # (O, I) or (O, C, k, k)
-
-
-def as_graph(function):
-    """A CUDA function without arguments as one launch: a CUDA graph of all that it launches. Returns what launches it.
-
-    To launch hundreds of small operations one by one takes the host longer than the GPU needs for them: with Muon's as
-    a graph an H200 trains the base hybrid 1.6 times as fast, ResNet-18 1.9 times. The function is called twice here. It
-    must read and write the same tensors each time, which the caller keeps, and its Python numbers are recorded as they
-    are now: a learning rate belongs outside.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()  # its first call may set up what cannot be recorded
-    torch.cuda.current_stream().wait_stream(stream)
-    gc.collect()  # what is collected during the recording, such as an old graph, would break it
-    graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps a workspace for each stream. They are cleared, and the recording gets a stream of its own in place of
-    # the one that torch shares among graphs: so cuBLAS makes a workspace in this graph's own memory. "thread_local"
-    # lets other threads go on, such as NCCL's.
-    torch._C._cuda_clearCublasWorkspaces()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-        function()
-    return graph.replay
-
-
-class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised momentum (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
-
-    A gradient is dominated by a few directions. Made orthogonal, it moves along all directions at the same speed. For
-    matrices and convolution kernels alone: a kernel (O, C, k, k) counts as the matrix (O, C*k*k) that multiplies a
-    patch. The step is scaled to the size that AdamW's would have (Liu et al. 2025, 2502.16982), and weights decay as in
-    AdamW. `dtype` is that of the products. torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does the same in bf16,
-    one matrix after another, and takes no kernels. Where bf16 is emulated, as on CPUs without AVX512-BF16 or AMX, that
-    takes longer than all the rest of a training step. Builds on orthogonal_steps and, with CUDA, as_graph.
-    """
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.work = []  # for each group the tensors of its steps, and the function that makes them orthogonal
-        for group in self.param_groups:
-            steps = [torch.zeros_like(p) for p in group["params"]]
-            make_orthogonal = partial(orthogonal_steps, steps, dtype)
-            self.work.append((steps, as_graph(make_orthogonal) if steps[0].is_cuda else make_orthogonal))
-
-    @torch.no_grad()
-    def step(self):
-        for group, (steps, make_orthogonal) in zip(self.param_groups, self.work, strict=True):
-            params, beta = group["params"], group["momentum"]
-            for p in params:
-                if p not in self.state:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-            grads, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
-            # foreach: one launch for a list of tensors, if the memory layouts of all agree.
-            torch._foreach_lerp_(momenta, grads, 1 - beta)
-            torch._foreach_copy_(steps, grads)
-            torch._foreach_lerp_(steps, momenta, beta)  # Nesterov's: a look ahead
-            make_orthogonal()
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, steps, alpha=-group["lr"])
 
 
 def make_optimizers(model, config):
@@ -219,7 +124,7 @@ def clip_gradients(model, largest):
 def step_optimizers(model, optimizers, scaler, clip):
     """Clip the gradients that a backward pass has left, step along them, and forget them.
 
-    The scaler takes its factor out of them first; only in fp16 it has one. `clip`: the largest norm, or 0.
+    The scaler takes its factor out of them first; it has one only in fp16. `clip`: the largest norm, or 0.
     """
     if clip:
         for optimizer in optimizers:
@@ -341,7 +246,7 @@ def evaluate(model, dataset, batch_size, autocast):
 # Processes
 
 def join_processes(config):
-    """(rank, number) of this process among those that torchrun started for this run; (0, 1) without torchrun."""
+    """This process's rank, and how many processes torchrun started for this run; (0, 1) without torchrun."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     if config.device == "cuda":
@@ -457,7 +362,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     use_fast_kernels()
     amp, autocast = choose_amp(config), make_autocast(config)
     if rank == 0:
-        check_folder(config)  # a name that is taken is not to be found out after a download
+        check_folder(config)  # a taken name is reported before a download, not after
     dataset = dataset or load_for_all(config)
     compiled = choose_compile(config, len(dataset.train_labels), processes)
     fell_back = config.dataset == "auto" and dataset.name == "shapes"

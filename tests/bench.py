@@ -42,6 +42,7 @@ from checkpoint import FREE_FIELDS, describe_machine, git_commit, out_of_memory,
 from config import AUGMENTATION, model_options, parse_config, resolve
 from data import DATASETS, InputError, load_dataset, train_batches
 from model import MODELS, Attention, DropPath, build_model
+from muon import as_graph
 
 PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
 
@@ -428,7 +429,7 @@ def traps(args):
             try:
                 finite = forward_and_backward(kernel).isfinite().all()
                 step = lambda: forward_and_backward(kernel)
-                outcome = milliseconds(train.as_graph(step) if device == "cuda" else step)
+                outcome = milliseconds(as_graph(step) if device == "cuda" else step)
                 outcome += "" if finite else ", NAN in the gradient"
             except RuntimeError as error:  # no available kernel
                 outcome = "out of memory" if out_of_memory(error) else "not available"
