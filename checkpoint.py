@@ -123,7 +123,7 @@ def load_last(folder):
     """The content of the folder's last.pt. InputError if there is none, or if it is not whole or not a run's."""
     path = os.path.join(folder, "last.pt")
     if not os.path.exists(path):
-        raise InputError(f"there is no {path} to go on from: give --overwrite in place of --resume")
+        raise InputError(f"there is no {path} to go on from: give --overwrite instead of --resume")
     checkpoint = load(path, "; a run starts again with --overwrite")
     if not isinstance(checkpoint.get("config"), dict):
         raise InputError(f"{path} is not a checkpoint of this project")
@@ -146,7 +146,7 @@ def lock(folder):
         except BlockingIOError:
             os.close(number)
             raise InputError(f"another run is writing to {folder}: wait, or choose another --name") from None
-        except OSError:  # a file system that cannot lock a folder, as NFS
+        except OSError:  # a file system that cannot lock a folder, such as NFS
             os.close(number)
             return
         LOCKS[os.path.realpath(folder)] = number

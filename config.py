@@ -141,7 +141,7 @@ FIXED = {("vit", "tiny"): dict(mlp_ratio=2.0), ("hybrid", "tiny"): dict(TINY_TRU
 # From the command line to a whole config
 
 class Parser(argparse.ArgumentParser):
-    """Of a command line. A mistake ends the program with one sentence, and without the list of all options."""
+    """An argument parser. A mistake ends the program with one sentence, and without the list of all options."""
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")

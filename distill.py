@@ -37,7 +37,7 @@ class Config(settings.Config):
     alpha: float = option(0.9, "the teacher's share of the loss, the labels have the rest; 0: no teacher", low=0,
                           high=1)
     hard: bool = option(False, "learn the teacher's first choice as a label, not its probabilities")
-    distill_token: bool = option(False, "learn from the teacher through a token and a head of its own, as DeiT")
+    distill_token: bool = option(False, "learn from the teacher through a token and a head of its own, as in DeiT")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
     student_logits, teacher_logits, targets: float (B, K) -> a scalar. Student logits of a distillation token's model
     are (B, 2, K): the first head learns from the targets, the second from the teacher (DeiT, 2012.12877).
-    hard: in place of T^2 KL, the cross-entropy with the teacher's first choice.
+    hard: instead of T^2 KL, the cross-entropy with the teacher's first choice.
 
     Why T^2? With p = softmax(z / T), the gradient of KL with respect to a student's logit is (p_student - p_teacher)
     / T, and for large T each p is about 1/K + (z - mean z) / (K T): the difference shrinks with 1/T once more. T^2
@@ -105,12 +105,17 @@ def make_loss(teacher, config):
 # The teacher
 
 def train_teacher(config, dataset):
-    """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`."""
+    """The path of the model.pt that `python train.py --model resnet18` makes, trained now if need be on `dataset`.
+
+    If the preset's batch size does not fit the data set or the processes, the teacher takes the student's.
+    """
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
     teacher = settings.resolve(settings.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
     rank, processes = train.join_processes(config)
+    free = {"amp", *FREE_FIELDS} - {"epochs"}  # in which a teacher that is there may differ
     if teacher.batch_size > len(dataset.train_labels) or teacher.batch_size % processes:
-        teacher.batch_size = config.batch_size  # which fits: start has seen to it
+        teacher.batch_size = config.batch_size  # start has seen to it that this one fits
+        free.add("batch_size")
     path, last = os.path.join(teacher.folder, "model.pt"), os.path.join(teacher.folder, "last.pt")
     trained = os.path.exists(path)
     if os.path.exists(last):
@@ -119,7 +124,7 @@ def train_teacher(config, dataset):
             checkpoint = load_last(teacher.folder)
         except InputError:
             raise InputError(f"cannot read {last}, the teacher's: {take_it}move {teacher.folder} away") from None
-        differ = differences(checkpoint["config"], teacher, {"amp", *FREE_FIELDS} - {"epochs"})
+        differ = differences(checkpoint["config"], teacher, free)
         if differ:
             raise InputError(f"the teacher in {teacher.folder} is not of its preset ({differ}): {take_it}move that "
                              "folder away")
@@ -164,11 +169,11 @@ def seconds_per_step(teacher, dataset, config, processes=1):
     images, _ = next(test_batches(dataset, config.batch_size // processes))  # (B, C, S, S)
     seconds = []
     for _ in range(7):  # two to warm up, and to compile
-        train.wait(config.device)
+        train.synchronize(config.device)
         start = time.perf_counter()
         with torch.no_grad(), train.make_autocast(config):
             teacher(images)
-        train.wait(config.device)
+        train.synchronize(config.device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
 
@@ -177,7 +182,7 @@ def seconds_per_step(teacher, dataset, config, processes=1):
 # The run
 
 def resolve(config):
-    """config.resolve, for the teacher's options as well. InputError if one is impossible."""
+    """config.resolve, and the same for the teacher's options. InputError if one is impossible."""
     of_teacher = ("teacher", "temperature", "hard", "distill_token")
     if not config.alpha and any(getattr(config, name) != getattr(Config, name) for name in of_teacher):
         raise InputError("--alpha 0 has no teacher: leave --teacher, --temperature, --hard and --distill-token out")
@@ -202,7 +207,7 @@ def start(config):
         return train.run(config)
     _, processes = train.join_processes(config)
     train.use_fast_kernels()
-    check_folder(config)  # is it free? Not to be found out after the teacher's training
+    check_folder(config)  # a taken name is reported before the teacher's training, not after
     if config.resume and not os.path.exists(os.path.join(config.folder, "last.pt")):
         if os.path.exists(os.path.join(config.folder, "model.pt")):
             raise InputError(f"{config.folder} has no last.pt to resume from: choose another --name, or --overwrite "
@@ -211,7 +216,7 @@ def start(config):
         print(f"{config.folder} has no last.pt yet: the student starts from the beginning")
         config.resume, config.overwrite = False, True
     dataset = train.load_for_all(config)
-    # Do the batch size and --compile fit? For the same reason.
+    # So is a batch size or a --compile that does not fit.
     train.count_steps(config, len(dataset.train_labels), processes)
     compiled = train.choose_compile(config, len(dataset.train_labels), processes)
     path = config.teacher or train_teacher(config, dataset)

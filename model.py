@@ -166,11 +166,12 @@ class PatchEmbed(nn.Module):
 
 
 def sine_positions(num_tokens, dim):
-    """Position embeddings of a square grid of tokens, row by row, (N, D): sines and cosines of row and column.
+    """Position embeddings of a square grid of tokens, row by row, (N, D).
 
-    A quarter of D each. Neighbours are alike, which random vectors would have to learn. The frequencies fall from 1
-    radian a token to 0.1; to 1 / 10,000, as for long texts (Vaswani et al. 2017, 1706.03762), most would hardly vary
-    over a small image. ValueError unless the grid is square and D divisible by 4.
+    A quarter of the D numbers each are the sines of the row, its cosines, the sines of the column and its cosines.
+    Neighbours are alike, which random vectors would have to learn. The frequencies fall from 1 radian a token to 0.1;
+    to 1 / 10,000, as for long texts (Vaswani et al. 2017, 1706.03762), most would hardly vary over a small image.
+    ValueError unless the grid is square and D divisible by 4.
     """
     side = round(num_tokens**0.5)
     if side**2 != num_tokens:
@@ -427,7 +428,7 @@ def whiten(layer, images):
     variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
     if isinstance(layer, PatchEmbed):
         # The same random mixture as before, of components of equal strength. About half of a 4 x 4 patch's components
-        # have less variance than 0.01: noise, that stays weaker. So the tokens' variance falls from 1 to about a half.
+        # have less variance than 0.01: noise, which stays weaker. So the tokens' variance falls from 1 to about a half.
         equal = components * (variances.clamp(min=0) + 0.01) ** -0.5  # (C*P*P, C*P*P)
         layer.proj.weight.copy_(layer.proj.weight.double() @ equal.T)  # (D, C*P*P)
     else:

@@ -31,7 +31,7 @@ def orthogonalise(matrices, dtype=torch.float32):
 
 
 def orthogonal_steps(tensors, dtype=torch.float32):
-    """Replace each tensor by the orthogonal matrix near it, in the size of a step of AdamW. Builds on orthogonalise.
+    """Replace each tensor by the orthogonal matrix near it, scaled to AdamW's step size. Builds on orthogonalise.
 
     tensors: float32 matrices (O, I) and kernels (O, C, k, k), which count as matrices (O, C*k*k), as a list; changed in
     place. `dtype` is that of the products.
@@ -62,7 +62,7 @@ def as_graph(function):
     torch.cuda.current_stream().wait_stream(stream)
     gc.collect()  # what is collected during the recording, such as an old graph, would break it
     graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps a workspace for each stream. They are cleared, and the recording gets a stream of its own in place of
+    # cuBLAS keeps a workspace for each stream. They are cleared, and the recording gets a stream of its own instead of
     # the one that torch shares among graphs: so cuBLAS makes a workspace in this graph's own memory. "thread_local"
     # lets other threads go on, such as NCCL's.
     torch._C._cuda_clearCublasWorkspaces()

@@ -41,7 +41,7 @@ def write(save, path):
     try:
         save(path)
     except (OSError, ValueError) as error:  # ValueError: of a kind that it does not know
-        raise InputError(f"cannot write {path} ({error}): name another picture, as x.png, with --out") from None
+        raise InputError(f"cannot write {path} ({error}): name another picture, such as x.png, with --out") from None
     print(path)
 
 
@@ -402,10 +402,12 @@ def table(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+COMMANDS = dict(augment=augment, attention=attention, curves=curves, confusion=confusion, predict=predict, table=table)
+
+
 def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", metavar="COMMAND", help="see above",
-                        choices=("augment", "attention", "curves", "confusion", "predict", "table"))
+    parser.add_argument("what", metavar="COMMAND", help="see above", choices=COMMANDS)
     parser.add_argument("paths", nargs="*", default=[], help="pictures for predict; runs or their logs for curves")
     parser.add_argument("--model", help="a model.pt or its folder (default: the newest in runs/)")
     parser.add_argument("--dataset", choices=DATASETS, help="default: the model's own; for augment CIFAR-10")
@@ -423,8 +425,8 @@ def main():
         parser.error("--count must be at least 1, and --seed at least 0")
     try:
         if args.out and not (os.path.splitext(args.out)[1] and os.path.isdir(os.path.dirname(args.out) or ".")):
-            raise InputError(f"cannot write {args.out}: --out names a picture, as x.png, in a folder that exists")
-        globals()[args.what](args)
+            raise InputError(f"cannot write {args.out}: --out names a picture, such as x.png, in a folder that exists")
+        COMMANDS[args.what](args)
     except InputError as error:
         sys.exit(f"error: {error}")
     except (MemoryError, RuntimeError) as error:

@@ -7,9 +7,9 @@
 In bf16, with torch 2.11 on the H200 and 2.14 on the CPU (AMD EPYC).
 
 From top to bottom: the model, the schedule, the parameter groups, precision, evaluation, several processes, and `run`,
-the loop itself. It writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt (the
-weights, and what it takes to rebuild the model). Options and presets are in config.py; how files are written and read
-is in checkpoint.py.
+the loop itself. It writes runs/NAME/log.jsonl (one JSON object a line), last.pt (all it takes to resume) and model.pt
+(the weights, and what it takes to rebuild the model). Options and presets are in config.py, Muon is in muon.py; how
+files are written and read is in checkpoint.py.
 """
 
 import copy
@@ -102,8 +102,8 @@ def make_optimizers(model, config):
     if config.optimizer == "muon":
         optimizers.append(Muon(inner, config.muon_lr, config.momentum, config.weight_decay, DTYPES[choose_amp(config)]))
         inner = []
-    # 0.99 and not 0.999, which looks back 1,000 steps: all that a tiny run has. For base it was not tuned.
     groups = [dict(params=inner + outer, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
+    # The second beta is not 0.999, which looks back 1,000 steps: all that a tiny run has. For base it was not tuned.
     optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -272,8 +272,8 @@ def load_for_all(config):
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
-def wait(device):
-    """Until the device has done all that it was told to."""
+def synchronize(device):
+    """Wait until the device has done all that it was told to."""
     if device != "cpu":
         torch.accelerator.synchronize()
 
@@ -492,7 +492,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             step += 1
 
             if first_step_seconds is None:  # it also compiles, and cuDNN tries out its kernels
-                wait(device)
+                synchronize(device)
                 first_step_seconds = time.perf_counter() - training_start
             now = time.perf_counter()
             if i + 1 < steps_per_epoch and (stopped_by or now - last_save > 300):

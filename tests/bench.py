@@ -75,7 +75,7 @@ class Marks:
 
     def shares(self):
         """The share of each part in the time of all parts."""
-        train.wait(self.device)
+        train.synchronize(self.device)
         spent = dict.fromkeys(PARTS, 0.0)
         for (part, start), (_, end) in itertools.pairwise(self.moments):
             if part in spent:
@@ -204,11 +204,11 @@ def compare(contestants, device, windows, seconds):
     first, steps, speeds = {}, {}, {label: [] for label in contestants}
 
     def clocked(loop, n):
-        train.wait(device)
+        train.synchronize(device)
         start = time.perf_counter()
         for _ in range(n):
             loop.step()
-        train.wait(device)
+        train.synchronize(device)
         return time.perf_counter() - start
 
     for label, loop in contestants.items():

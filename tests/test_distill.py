@@ -233,6 +233,15 @@ def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsy
     assert load(path)["step"] == 2 * checkpoint["step"]
 
 
+def test_a_teacher_too_large_a_batch_for_the_data_has_the_students_and_teaches_the_next_one_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, ("resnet18", "tiny"), dict(PRESETS["resnet18", "tiny"], epochs=1, batch_size=5000))
+    start(tmp_path, "--epochs", "1", "--batch-size", "100")
+    path = tmp_path / "resnet18-tiny-full-shapes-0" / "model.pt"
+    assert load(path)["step"] == 2000 // 100
+    start(tmp_path, "--epochs", "1", "--batch-size", "50", "--name", "next")
+    assert load(path)["step"] == 2000 // 100
+
+
 def test_a_teacher_that_was_stopped_with_other_options_is_refused(tmp_path, monkeypatch):
     """The student's command line cannot change them, so the advice is not to resume it with its own."""
     folder = tmp_path / "resnet18-tiny-full-shapes-0"
