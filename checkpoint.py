@@ -53,7 +53,7 @@ def load(path, advice="; a run's model.pt comes back if you delete it and give t
             damaged = file.testzip()  # torch.load does not look at the check sums
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote, as "
+        raise InputError(f"cannot read {path} ({error.strerror}): name a file that train.py wrote, such as "
                          "runs/NAME/model.pt") from None
     except Exception as error:  # a damaged file can raise almost anything
         if out_of_memory(error):

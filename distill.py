@@ -112,10 +112,9 @@ def train_teacher(config, dataset):
     shared = ("size", "dataset", "data_dir", "hold_out", "seed", "device", "amp", "compile", "out")
     teacher = settings.resolve(settings.Config(model="resnet18", **{name: getattr(config, name) for name in shared}))
     rank, processes = train.join_processes(config)
-    free = {"amp", *FREE_FIELDS} - {"epochs"}  # in which a teacher that is there may differ
-    if teacher.batch_size > len(dataset.train_labels) or teacher.batch_size % processes:
-        teacher.batch_size = config.batch_size  # start has seen to it that this one fits
-        free.add("batch_size")
+    fits = teacher.batch_size <= len(dataset.train_labels) and teacher.batch_size % processes == 0
+    if not fits:
+        teacher.batch_size = config.batch_size  # which does: start has seen to it
     path, last = os.path.join(teacher.folder, "model.pt"), os.path.join(teacher.folder, "last.pt")
     trained = os.path.exists(path)
     if os.path.exists(last):
@@ -124,7 +123,9 @@ def train_teacher(config, dataset):
             checkpoint = load_last(teacher.folder)
         except InputError:
             raise InputError(f"cannot read {last}, the teacher's: {take_it}move {teacher.folder} away") from None
-        differ = differences(checkpoint["config"], teacher, free)
+        if not fits:
+            teacher.batch_size = checkpoint["config"].get("batch_size")  # an earlier student's
+        differ = differences(checkpoint["config"], teacher, {"amp", *FREE_FIELDS} - {"epochs"})
         if differ:
             raise InputError(f"the teacher in {teacher.folder} is not of its preset ({differ}): {take_it}move that "
                              "folder away")
@@ -216,7 +217,7 @@ def start(config):
         print(f"{config.folder} has no last.pt yet: the student starts from the beginning")
         config.resume, config.overwrite = False, True
     dataset = train.load_for_all(config)
-    # So is a batch size or a --compile that does not fit.
+    # A batch size or --compile that does not fit is reported before the teacher's training as well.
     train.count_steps(config, len(dataset.train_labels), processes)
     compiled = train.choose_compile(config, len(dataset.train_labels), processes)
     path = config.teacher or train_teacher(config, dataset)

@@ -168,7 +168,7 @@ class PatchEmbed(nn.Module):
 def sine_positions(num_tokens, dim):
     """Position embeddings of a square grid of tokens, row by row, (N, D).
 
-    A quarter of the D numbers each are the sines of the row, its cosines, the sines of the column and its cosines.
+    The D numbers are, in quarters: sines of the row, its cosines, sines of the column, its cosines.
     Neighbours are alike, which random vectors would have to learn. The frequencies fall from 1 radian a token to 0.1;
     to 1 / 10,000, as for long texts (Vaswani et al. 2017, 1706.03762), most would hardly vary over a small image.
     ValueError unless the grid is square and D divisible by 4.

@@ -233,12 +233,17 @@ def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsy
     assert load(path)["step"] == 2 * checkpoint["step"]
 
 
-def test_a_teacher_too_large_a_batch_for_the_data_has_the_students_and_teaches_the_next_one_too(tmp_path, monkeypatch):
+def test_a_teacher_whose_batch_does_not_fit_takes_the_students_and_teaches_the_next_one_too(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, ("resnet18", "tiny"), dict(PRESETS["resnet18", "tiny"], epochs=1, batch_size=5000))
-    start(tmp_path, "--epochs", "1", "--batch-size", "100")
+    monkeypatch.setattr(train, "stopped_by", [2])
+    with pytest.raises(SystemExit):
+        start(tmp_path, "--epochs", "1", "--batch-size", "100")
+    monkeypatch.setattr(train, "stopped_by", [])
     path = tmp_path / "resnet18-tiny-full-shapes-0" / "model.pt"
+    assert not path.exists()
+    start(tmp_path, "--epochs", "1", "--batch-size", "50", "--name", "next")  # goes on with the teacher as it is
     assert load(path)["step"] == 2000 // 100
-    start(tmp_path, "--epochs", "1", "--batch-size", "50", "--name", "next")
+    start(tmp_path, "--epochs", "1", "--batch-size", "40", "--name", "third")
     assert load(path)["step"] == 2000 // 100
 
 
