@@ -121,7 +121,8 @@ def test_the_exit_status_and_stderr_of_a_real_process(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert not list((tmp_path / "taken").iterdir())
     result = command_line(*SMALL, "--out", tmp_path, "--name", "taken", "--resume")
-    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "--overwrite in place" in result.stderr
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "--overwrite instead of --resume" in result.stderr
 
 
 @pytest.mark.parametrize("flags, words", [
