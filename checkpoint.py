@@ -190,7 +190,8 @@ def describe_machine(device):
     """The processor or GPU, and the versions that matter, as a dict."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
         cpu = names[0] if names else cpu
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
     threads = torch.get_num_threads()
@@ -214,7 +215,7 @@ def git_commit():
 
 
 def peak_memory(device):
-    """The most memory held, in bytes: on a GPU by tensors since `run` began, else by this process since it started."""
+    """The most memory held, in bytes: on a GPU by tensors since `run` made its model, else by this process so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     try:

@@ -164,6 +164,8 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
             return pil_to_tensor(image)
+    except FileNotFoundError:
+        raise InputError(f"there is no image {path}: name one that is there") from None
     except Exception as error:  # PIL raises almost anything, by format and damage
         raise InputError(f"cannot read the image {path} ({error}): repair or delete it, or leave it out") from None
 
@@ -302,7 +304,8 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
     `together` batches are augmented at once: on a GPU by default as many as hold 4,096 images, because launching the
     two hundred small operations of the full recipe takes the host longer than computing them takes the GPU; on a CPU 1.
     Before each such group, and again before each of its batches is mixed, the global random state is set from (seed,
-    epoch, step). So a resumed run can start at `first_step` and get the same batches, without a saved random state.
+    epoch, step). So a run that is resumed, on the same kind of device, can start at `first_step` and get the same
+    batches, without a saved random state.
     """
     device, N, B = dataset.train_images.device, len(dataset.train_labels), batch_size
     if together is None:
@@ -311,7 +314,7 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
     order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(N)).to(device)
     steps = N // B
     for start in range(first_step - first_step % together, steps, together):
-        set_seed(seed, epoch, start + 1)  # + 1: to numpy (seed, epoch, 0) is (seed, epoch), the order's seed
+        set_seed(seed, epoch, start + 1)  # + 1: numpy pads with zeros, so (seed, epoch, 0) would be the order's seed
         index = order[start * B : min(start + together, steps) * B]  # (together*B,)
         images = crop_and_flip(dataset.train_images[index], crop)  # (together*B, C, S, S) uint8
         images = images.float() / 255
@@ -332,7 +335,7 @@ def train_batches(dataset, epoch, batch_size, seed, first_step=0, crop=4, trivia
                 x, y = mix_up(x, y, mixup)
             elif cutmix:
                 x, y = cut_mix(x, y, cutmix)
-            # One memory layout whatever was drawn, and the one that convolutions like.
+            # Convolutions are faster with the channels last; and another layout would be compiled anew.
             yield x.contiguous(memory_format=torch.channels_last), y
 
 
@@ -429,7 +432,8 @@ def mix_up(images, targets, alpha):
     images (B, C, S, S), targets (B, K) -> the same. The partner's share is drawn once from Beta(alpha, alpha); the
     partners are a random permutation, so any batch size will do.
     """
-    share = float(torch.distributions.Beta(alpha, alpha).sample())  # on the host: nothing waits for the device
+    # 1 - lambda, which has the same distribution. Drawn on the host: nothing waits for the device.
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
     partner = torch.randperm(len(images), device=images.device)
     return torch.lerp(images, images[partner], share), torch.lerp(targets, targets[partner], share)
 
@@ -442,11 +446,11 @@ def cut_mix(images, targets, alpha):
     Beta(alpha, alpha).
     """
     S = images.shape[-1]
-    half = S / 2 * math.sqrt(1 - float(torch.distributions.Beta(alpha, alpha).sample()))
+    half = S / 2 * math.sqrt(1 - float(torch.distributions.Beta(alpha, alpha).sample()))  # the side: S sqrt(1 - lambda)
     row, col = torch.randint(S, (2,)).tolist()
     top, bottom = max(0, round(row - half)), min(S, round(row + half))
     left, right = max(0, round(col - half)), min(S, round(col + half))
-    share = (bottom - top) * (right - left) / S**2
+    share = (bottom - top) * (right - left) / S**2  # 1 - lambda, of the box as it is cut
     partner = torch.randperm(len(images), device=images.device)
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]

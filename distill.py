@@ -150,13 +150,10 @@ def train_teacher(config, dataset):
 def load_teacher(path, dataset, device):
     """The model of that file, frozen and in eval mode. InputError if it does not fit the data set."""
     teacher, about = load_model(path, device)
-    options, shape = about["options"], dataset.train_images.shape[1:]
-    if options["num_classes"] != len(dataset.classes):
-        raise InputError(f"the teacher {path} knows {options['num_classes']} classes, and {dataset.name} has "
+    num_classes = about["options"]["num_classes"]
+    if num_classes != len(dataset.classes):
+        raise InputError(f"the teacher {path} knows {num_classes} classes, and {dataset.name} has "
                          f"{len(dataset.classes)}: name another with --teacher")
-    if (options.get("in_channels", 3), options.get("image_size", shape[-1])) != (shape[0], shape[-1]):
-        raise InputError(f"the teacher {path} is for images of another size than {dataset.name}'s: name another with "
-                         "--teacher")
     if not torch.allclose(about["mean"].cpu(), dataset.mean.cpu(), atol=1e-6):
         split = f"--hold-out {about.get('hold_out', 0)}, --seed {about.get('seed', 0)}"
         raise InputError(f"the teacher {path} was trained on images of {about['dataset']} ({split}), and not on these "

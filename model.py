@@ -40,7 +40,8 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        # A product and not an index: the branch is computed all the same, so that no shape depends on the draw.
+        # A mask, and not an index: dropped branches are computed too, but no shape depends on the draw, as compiled
+        # code and CUDA graphs need.
         return x * keep.to(x.dtype) / (1 - self.rate)
 
     def extra_repr(self):
@@ -209,8 +210,6 @@ class Encoder(nn.Module):
             raise ValueError(f"unknown encoder {encoder!r}: choose explicit or builtin")
         if depth < 1:
             raise ValueError(f"the encoder needs a depth of at least 1, not {depth}")
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
         self.pool = pool
         extra_tokens = {"mean": 0, "cls": 1, "distill": 2}[pool]
         # (1, T, D): the class token, and with "distill" beside it the one that a teacher teaches (distill.py).
@@ -223,6 +222,8 @@ class Encoder(nn.Module):
             if drop_path or gamma_init is not None:
                 raise ValueError("torch's built-in encoder has no DropPath and no gamma: leave both out "
                                  "(drop_path=0, gamma_init=None)")
+            if num_heads < 1 or dim % num_heads:  # as our Attention says it; torch's fails in an assertion
+                raise ValueError(f"the width {dim} is not divisible by {num_heads} heads")
             layer = nn.TransformerEncoderLayer(dim, num_heads, int(dim * mlp_ratio), dropout=0.0, activation="gelu",
                                                batch_first=True, norm_first=True)
             self.blocks = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
@@ -292,7 +293,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, dim)
         self.encoder = Encoder(self.patch_embed.num_tokens, dim, depth, num_heads, **options)
-        self.head = (TwoHeads if options.get("pool") == "distill" else classifier)(dim, num_classes)
+        self.head = (TwoHeads if self.encoder.pool == "distill" else classifier)(dim, num_classes)
 
     def forward(self, images):
         x = self.patch_embed(images)  # (B, (S/P)**2, D)
@@ -402,7 +403,7 @@ class Hybrid(nn.Module):
         nn.init.trunc_normal_(self.proj.weight, std=widths[-1] ** -0.5)
         nn.init.zeros_(self.proj.bias)
         self.encoder = Encoder((image_size // stride) ** 2, dim, depth, num_heads, **options)
-        self.head = (TwoHeads if options.get("pool") == "distill" else classifier)(dim, num_classes)
+        self.head = (TwoHeads if self.encoder.pool == "distill" else classifier)(dim, num_classes)
 
     def forward(self, images):
         x = self.trunk(images)  # (B, O, R, R)

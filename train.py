@@ -100,7 +100,8 @@ def make_optimizers(model, config):
     inner, outer, rest = split_parameters(model)
     optimizers = []
     if config.optimizer == "muon":
-        optimizers.append(Muon(inner, config.muon_lr, config.momentum, config.weight_decay, DTYPES[choose_amp(config)]))
+        optimizers.append(Muon(inner, lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay,
+                               dtype=DTYPES[choose_amp(config)]))
         inner = []
     groups = [dict(params=inner + outer, weight_decay=config.weight_decay), dict(params=rest, weight_decay=0.0)]
     # The second beta is not 0.999, which looks back 1,000 steps: all that a tiny run has. For base it was not tuned.
@@ -386,18 +387,18 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     model = model.to(device, memory_format=torch.channels_last)
 
     optimizers = make_optimizers(model, config)
-    averaged = copy.deepcopy(model) if config.ema else model  # the weights that are evaluated and kept
+    ema_model = copy.deepcopy(model) if config.ema else model  # the weights that are evaluated and kept
     scaler = torch.amp.GradScaler(device, enabled=amp == "fp16")
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if compiled:
         compile_training(model)
     parallel = DistributedDataParallel(model) if processes > 1 else model  # averages the gradients of all processes
-    averaged_state, model_state = float_state(averaged), float_state(model)
+    ema_state, model_state = float_state(ema_model), float_state(model)
     # Each step writes its loss and the rest here, on the device; read once an epoch, so no step waits for them.
     curves = {}
 
-    stateful = dict(model=model, averaged=averaged, scaler=scaler,
+    stateful = dict(model=model, ema_model=ema_model, scaler=scaler,
                     **{f"optimizer{i}": optimizer for i, optimizer in enumerate(optimizers)})
     step, speeds = 0, []
     if checkpoint:
@@ -412,7 +413,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             if (step > total_steps or config.epochs != epochs_before) and not finished:  # its schedule is another
                 raise InputError(f"{folder}/last.pt is at step {step} of {epochs_before} epochs, and {config.epochs} "
                                  f"would end at {total_steps}: ask for more with --epochs")
-            accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
+            accuracy = evaluate(ema_model, dataset, config.batch_size, autocast)
             if finished:
                 print(f"{note}{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} "
                       f"accuracy {accuracy:.4f}: ask for more with --epochs")
@@ -484,7 +485,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             step_optimizers(model, optimizers, scaler, config.clip)
             if config.ema:  # the decay rises from 0.1 to config.ema, so that the first weights are forgotten
                 decay = min(config.ema, (1 + step) / (10 + step))
-                torch._foreach_lerp_(averaged_state, model_state, 1 - decay)
+                torch._foreach_lerp_(ema_state, model_state, 1 - decay)
             for name, value in {"loss": loss, **parts}.items():
                 if name not in curves:
                     curves[name] = torch.zeros(steps_per_epoch, device=device)
@@ -508,7 +509,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
                 dist.all_reduce(curve.div_(processes))
         check_finite(curves["loss"].tolist(), step, model, lr)
         seconds = time.perf_counter() - epoch_start
-        accuracy = evaluate(averaged, dataset, config.batch_size, autocast)
+        accuracy = evaluate(ema_model, dataset, config.batch_size, autocast)
         speeds.append((steps_per_epoch - done) * config.batch_size / seconds)
         elapsed = time.perf_counter() - began
         means = {name: statistics.fmean(curve.tolist()) for name, curve in curves.items()}
@@ -533,7 +534,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         training_seconds=training_seconds, first_step_seconds=first_step_seconds, images_per_second=speed,
         peak_memory_bytes=peak_memory(device))
     if rank == 0:
-        weights = {name: value.cpu() for name, value in averaged.state_dict().items()}
+        weights = {name: value.cpu() for name, value in ema_model.state_dict().items()}
         save(dict(model=config.model, options=options, dataset=dataset.name, hold_out=config.hold_out,
                   seed=config.seed, classes=dataset.classes, mean=dataset.mean.cpu(), std=dataset.std.cpu(), step=step,
                   state_dict=weights), model_path)

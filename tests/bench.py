@@ -42,7 +42,7 @@ from checkpoint import FREE_FIELDS, describe_machine, git_commit, out_of_memory,
 from config import AUGMENTATION, model_options, parse_config, resolve
 from data import DATASETS, InputError, load_dataset, train_batches
 from model import MODELS, Attention, DropPath, build_model
-from muon import as_graph
+from muon import capture_graph
 
 PARTS = ("augment", "forward", "backward", "optimizer", "EMA")
 
@@ -429,7 +429,7 @@ def traps(args):
             try:
                 finite = forward_and_backward(kernel).isfinite().all()
                 step = lambda: forward_and_backward(kernel)
-                outcome = milliseconds(as_graph(step) if device == "cuda" else step)
+                outcome = milliseconds(capture_graph(step) if device == "cuda" else step)
                 outcome += "" if finite else ", NAN in the gradient"
             except RuntimeError as error:  # no available kernel
                 outcome = "out of memory" if out_of_memory(error) else "not available"
@@ -454,7 +454,7 @@ def traps(args):
     if device == "cuda":
         attention, finite = Attention(384, 6).to(device).train(), True
         attention.compile(mode="max-autotune")
-        for _ in range(5):  # a CUDA graph is recorded in the second, and played back from the third
+        for _ in range(5):  # a CUDA graph is captured in the second, and replayed from the third
             torch.compiler.cudagraph_mark_step_begin()
             x = torch.randn(1024, 64, 384, device=device, requires_grad=True)
             with torch.autocast(device, dtype=torch.bfloat16):

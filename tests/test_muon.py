@@ -32,7 +32,7 @@ def test_on_a_gpu_muon_is_one_launch_and_steps_as_on_a_cpu():
     here, there = ([nn.Parameter(weight.to(device).clone()) for weight in weights] for device in ("cpu", "cuda"))
     on_cpu, on_gpu = (Muon(parameters, lr=0.1, momentum=0.9) for parameters in (here, there))
     for step in range(4):
-        for optimizer in (on_cpu, on_gpu):  # no graph may have recorded a learning rate or a momentum
+        for optimizer in (on_cpu, on_gpu):  # no graph may have captured a learning rate or a momentum
             optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
             if step == 2:
                 optimizer.load_state_dict(dict(optimizer.state_dict(), state={}))

@@ -92,7 +92,7 @@ def test_fifty_kills_leave_a_whole_checkpoint_every_time(tmp_path):
 # ---- Exact resume
 
 def same_bits(a, b):
-    for part in ("model", "averaged", "curves"):
+    for part in ("model", "ema_model", "curves"):
         assert a[part].keys() == b[part].keys()
         assert all(torch.equal(value, b[part][name]) for name, value in a[part].items()), part
 

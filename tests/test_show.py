@@ -197,6 +197,8 @@ def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path,
     for name in ("runs/hybrid/model.pt", "runs/hybrid"):
         call(monkeypatch, tmp_path, "predict", "--model", name, "grey.png", "small.png")
         assert capsys.readouterr().out.splitlines() == lines
+    with pytest.raises(SystemExit, match="there is no image absent.png: "):
+        call(monkeypatch, tmp_path, "predict", "absent.png")
 
 
 def test_predict_says_what_the_model_says(tmp_path, monkeypatch, runs, capsys):
