@@ -165,7 +165,7 @@ def read_image(path):
             image = ImageOps.fit(image.convert("RGB"), (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
             return pil_to_tensor(image)
     except FileNotFoundError:
-        raise InputError(f"there is no image {path}: name one that is there") from None
+        raise InputError(f"there is no image {path}: name another, or leave it out") from None
     except Exception as error:  # PIL raises almost anything, by format and damage
         raise InputError(f"cannot read the image {path} ({error}): repair or delete it, or leave it out") from None
 

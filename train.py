@@ -212,7 +212,7 @@ def choose_compile(config, images=50_000, processes=1):
 def compile_training(model):
     """Compile the model's forward and backward pass, in place: unlike torch.compile(model), it keeps all names.
 
-    "reduce-overhead" records each pass as a CUDA graph, which is launched as a whole. Without graphs an H200 spends
+    "reduce-overhead" captures each pass as a CUDA graph, which is launched as a whole. Without graphs an H200 spends
     more than half of a base ViT's step waiting for Python to launch one kernel after another. A graph reuses its
     memory: after torch.compiler.cudagraph_mark_step_begin() the last step's logits and gradients are gone.
     """

@@ -197,7 +197,7 @@ def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path,
     for name in ("runs/hybrid/model.pt", "runs/hybrid"):
         call(monkeypatch, tmp_path, "predict", "--model", name, "grey.png", "small.png")
         assert capsys.readouterr().out.splitlines() == lines
-    with pytest.raises(SystemExit, match="there is no image absent.png: "):
+    with pytest.raises(SystemExit, match="there is no image absent.png: name another"):
         call(monkeypatch, tmp_path, "predict", "absent.png")
 
 
