@@ -104,10 +104,7 @@ class Config:
     resume: bool = option(False, "go on from the run's last.pt")
     overwrite: bool = option(False, "replace a run of the same name")
 
-    @property
-    def folder(self):
-        """Where the run's files are."""
-        return os.path.join(self.out, self.name)
+    folder = property(lambda config: os.path.join(config.out, config.name), doc="Where the run's files are.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
