@@ -63,9 +63,9 @@ def capture_graph(function):
     torch.cuda.current_stream().wait_stream(stream)
     gc.collect()  # what is collected during the capture, such as an old graph, would break it
     graph = torch.cuda.CUDAGraph()
-    # cuBLAS keeps one workspace for each stream. With none left, and captured on a stream of its own, it allocates one
-    # in this graph's own memory, where no other graph writes. "thread_local" lets other threads, such as NCCL's, use
-    # CUDA meanwhile.
+    # cuBLAS keeps one workspace for each stream, and torch captures all graphs on one stream. So the old ones are
+    # cleared, and this graph gets a stream of its own: cuBLAS then allocates a workspace in this graph's memory, where
+    # no other graph writes. "thread_local" lets other threads, such as NCCL's, use CUDA meanwhile.
     torch._C._cuda_clearCublasWorkspaces()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
         function()
