@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from config import flag_of
-from data import InputError
+from datasets import InputError
 from model import build_model
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import DATASETS, InputError
+from datasets import DATASETS, InputError
 from model import MODELS, build_model
 
 

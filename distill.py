@@ -22,7 +22,8 @@ import config as settings
 import train
 from checkpoint import FREE_FIELDS, check_folder, differences, load, load_last, load_model, open_run
 from config import option
-from data import InputError, entropy, test_batches
+from data import entropy, test_batches
+from datasets import InputError
 
 
 @dataclass

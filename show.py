@@ -28,7 +28,8 @@ from torchvision.transforms.v2.functional import to_pil_image
 import data
 from checkpoint import load_model, out_of_memory, precision_name
 from config import AUGMENTATION, PRESETS, Parser
-from data import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image, soft_targets, test_batches
+from data import soft_targets, test_batches
+from datasets import DATASETS, IMAGE_SIZE, InputError, load_dataset, read_image
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 

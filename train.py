@@ -37,7 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import (check_folder, describe_machine, git_commit, load, load_last, open_run, out_of_memory,
                         peak_memory, precision_name, save)
 from config import AUGMENTATION, Config, model_options, parse_config, resolve
-from data import InputError, entropy, load_dataset, test_batches, train_batches
+from data import entropy, test_batches, train_batches
+from datasets import InputError, load_dataset
 from model import build_model, whiten
 from muon import Muon
 

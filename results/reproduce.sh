@@ -42,8 +42,8 @@ started=() names=()
 trap 'kill ${started[@]+"${started[@]}"} 2> /dev/null || :; wait; exit 130' INT TERM  # each saves what it has
 
 download() {  # in one process: runs side by side would all write into the same files
-    python -c 'import data, sys; sys.excepthook = lambda *e: print("error:", e[1]); data.load_dataset("cifar10")' >&2
-}
+    python -c 'import sys, datasets as d; sys.excepthook = lambda *e: print("error:", e[1]); d.load_dataset("cifar10")'
+} >&2
 
 start() {  # NAME SEED SCRIPT FLAGS...: in the background
     local name=$1 seed=$2 more=()

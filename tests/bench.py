@@ -40,7 +40,8 @@ import show
 import train
 from checkpoint import FREE_FIELDS, describe_machine, git_commit, out_of_memory, peak_memory, precision_name
 from config import AUGMENTATION, model_options, parse_config, resolve
-from data import DATASETS, InputError, load_dataset, train_batches
+from data import train_batches
+from datasets import DATASETS, InputError, load_dataset
 from model import MODELS, Attention, DropPath, build_model
 from muon import capture_graph
 

@@ -10,6 +10,13 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
+import datasets
+
+
+@pytest.fixture(scope="session")
+def shapes():
+    return datasets.load_shapes()
+
 
 @pytest.fixture(autouse=True)
 def each_test_by_itself():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import datasets
 import distill
 import train
 from checkpoint import load, load_model
@@ -42,7 +43,7 @@ def start(tmp_path, *flags):
 @pytest.fixture(scope="module", autouse=True)
 def fewer_shapes():
     """Half of the shapes, for speed."""
-    fewer = data.load_shapes(2000, 500)
+    fewer = datasets.load_shapes(2000, 500)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_dataset", lambda *_: fewer)
         yield fewer
@@ -222,7 +223,7 @@ def test_the_teacher_is_trained_once_and_used_again(tmp_path, monkeypatch, capsy
     start(tmp_path, "--epochs", "1", "--overwrite")
     assert capsys.readouterr().out.count("train loss") == 1 and path.stat().st_mtime_ns == written
     monkeypatch.setitem(PRESETS, ("resnet18", "tiny"), dict(PRESETS["resnet18", "tiny"], epochs=2))
-    with pytest.raises(data.InputError, match="--epochs 1 -> 2.*--teacher"):  # a quick try is no teacher
+    with pytest.raises(datasets.InputError, match="--epochs 1 -> 2.*--teacher"):  # a quick try is no teacher
         start(tmp_path, "--epochs", "1", "--overwrite")
     start(tmp_path, "--epochs", "1", "--overwrite", "--teacher", str(path))
     last = path.with_name("last.pt")
@@ -256,11 +257,11 @@ def test_a_teacher_that_was_stopped_with_other_options_is_refused(tmp_path, monk
                                              "shapes", "--size", "tiny", "--device", "cpu", "--out", str(tmp_path)])))
     monkeypatch.setattr(train, "stopped_by", [])
     assert (folder / "last.pt").exists() and not (folder / "model.pt").exists()
-    with pytest.raises(data.InputError, match=r"--epochs 30 -> 5, --lr 0.001 -> 0.004\): move that folder away"):
+    with pytest.raises(datasets.InputError, match=r"--epochs 30 -> 5, --lr 0.001 -> 0.004\): move that folder away"):
         start(tmp_path, "--epochs", "1")
     (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:2000])
     for _ in range(2):
-        with pytest.raises(data.InputError, match="cannot read .*last.pt, the teacher's: move .*resnet18.* away"):
+        with pytest.raises(datasets.InputError, match="cannot read .*last.pt, the teacher's: move .*resnet18.* away"):
             start(tmp_path, "--epochs", "1")
         torch.save(dict(config=3), folder / "last.pt")  # whole, but of something else
 
@@ -297,16 +298,16 @@ def test_resume_goes_on_if_the_run_was_stopped_while_its_teacher_was_trained(tmp
         with pytest.raises(SystemExit):
             start(tmp_path, *flags, "--overwrite")
     assert not student.exists() and not (tmp_path / "resnet18-tiny-full-shapes-0" / "model.pt").exists()
-    with pytest.raises(data.InputError, match="exists already"):  # the name is taken
+    with pytest.raises(datasets.InputError, match="exists already"):  # the name is taken
         start(tmp_path, *flags)
     start(tmp_path, *flags, "--resume")
     assert student.exists() and "starts from the beginning" in capsys.readouterr().out
     (tmp_path / "killed").mkdir()  # before it first saved
     start(tmp_path, "--teacher", str(teacher), "--epochs", "1", "--name", "killed", "--resume")
     assert (tmp_path / "killed" / "model.pt").exists() and "starts from the beginning" in capsys.readouterr().out
-    with pytest.raises(data.InputError, match="no .*misspelt/last.pt"):
+    with pytest.raises(datasets.InputError, match="no .*misspelt/last.pt"):
         start(tmp_path, "--epochs", "1", "--name", "misspelt", "--resume")
-    with pytest.raises(data.InputError, match="no .*last.pt"):  # without a teacher there was nothing to wait for
+    with pytest.raises(datasets.InputError, match="no .*last.pt"):  # without a teacher there was nothing to wait for
         start(tmp_path, "--alpha", "0", "--epochs", "1", "--name", "b", "--resume")
 
 
@@ -316,7 +317,7 @@ def test_a_teacher_that_another_run_is_training_costs_the_student_nothing(tmp_pa
     number = os.open(folder, os.O_RDONLY)
     fcntl.flock(number, fcntl.LOCK_EX)  # as another process would
     for flags in (["--name", "new"], ["--name", "old", "--overwrite"]):
-        with pytest.raises(data.InputError, match="another run is writing to .*resnet18"):
+        with pytest.raises(datasets.InputError, match="another run is writing to .*resnet18"):
             start(tmp_path, "--epochs", "1", *flags)
     os.close(number)
     assert earlier.exists() and not (tmp_path / "new").exists()
@@ -326,16 +327,16 @@ def test_of_several_processes_a_refusal_costs_the_student_nothing_and_the_teache
         tmp_path, fewer_shapes, monkeypatch):
     def stop(config, dataset):
         batch_sizes.append(config.batch_size)
-        raise data.InputError("enough")
+        raise datasets.InputError("enough")
     batch_sizes, old = [], tmp_path / "s" / "model.pt"
     old.parent.mkdir(), old.touch()
     monkeypatch.setattr(train, "join_processes", lambda _: (0, 3))
     monkeypatch.setattr(train, "load_for_all", lambda _: fewer_shapes)
     monkeypatch.setattr(train, "run", stop)
-    with pytest.raises(data.InputError, match="--compile on is for one process"):
+    with pytest.raises(datasets.InputError, match="--compile on is for one process"):
         start(tmp_path, "--name", "s", "--overwrite", "--batch-size", "30", "--compile", "on")
     assert old.exists()
-    with pytest.raises(data.InputError, match="enough"):
+    with pytest.raises(datasets.InputError, match="enough"):
         start(tmp_path, "--name", "s", "--overwrite", "--batch-size", "30")
     assert batch_sizes == [30]  # its preset's 250 are not divisible by 3
 
@@ -346,7 +347,7 @@ def test_resuming_knows_a_teacher_by_its_folder_too(tmp_path, teacher, monkeypat
         with pytest.raises(SystemExit):
             start(tmp_path, "--epochs", "1", "--name", "a", "--teacher", str(teacher.parent))
     start(tmp_path, "--epochs", "1", "--name", "a", "--resume", "--teacher", str(teacher))
-    with pytest.raises(data.InputError, match="model.pt yet: that run has not ended"):
+    with pytest.raises(datasets.InputError, match="model.pt yet: that run has not ended"):
         (tmp_path / "a" / "model.pt").unlink()
         start(tmp_path, "--epochs", "1", "--name", "b", "--teacher", str(tmp_path / "a"))
 
@@ -375,7 +376,7 @@ def test_a_teacher_that_does_not_fit_is_refused(tmp_path, fewer_shapes, kind, wo
     if kind == "colour":
         content = torch.load(path)
         torch.save(content | dict(mean=content["mean"] + 0.01), path)
-    with pytest.raises(data.InputError, match=words):
+    with pytest.raises(datasets.InputError, match=words):
         start(tmp_path, "--teacher", str(path))
     assert not list(tmp_path.glob("*/log.jsonl"))
 
@@ -401,7 +402,7 @@ def test_a_mistake_ends_in_one_sentence(flags, words, monkeypatch, capsys, tmp_p
 
 def test_a_taken_name_is_found_out_before_the_teacher_is_trained(tmp_path):
     (tmp_path / "distill-vit-tiny-full-shapes-0").mkdir()
-    with pytest.raises(data.InputError, match="another --name, or --overwrite it"):  # there is nothing to resume
+    with pytest.raises(datasets.InputError, match="another --name, or --overwrite it"):  # there is nothing to resume
         start(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 

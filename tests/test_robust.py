@@ -23,6 +23,7 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import data
+import datasets
 import distill
 import train
 from checkpoint import load, load_model, lock, open_run
@@ -31,7 +32,7 @@ from config import parse_config, resolve
 ROOT = Path(train.__file__).parent
 SMALL = ["--dataset", "shapes", "--model", "vit", "--size", "tiny", "--device", "cpu", "--patch-size", "16",
          "--dim", "8", "--depth", "1", "--heads", "1", "--compile", "off", "--amp", "off"]
-FEW = data.load_shapes(400, 100)
+FEW = datasets.load_shapes(400, 100)
 
 
 def run_python(code, *arguments):
@@ -54,10 +55,10 @@ KILLS = """
 import os, random, signal, sys, time
 import torch, torch.utils.flop_counter
 torch.set_num_threads(1)  # without a pool of threads, forking is safe
-import data, train
+import datasets, train
 from checkpoint import load
 from config import parse_config, resolve
-few = data.load_shapes(400, 100)
+few = datasets.load_shapes(400, 100)
 train.load_dataset = lambda *_: few
 config = resolve(parse_config(argv=sys.argv[1:]))
 last = os.path.join(config.out, config.name, "last.pt")
@@ -189,8 +190,8 @@ def test_a_run_moves_from_the_cpu_to_the_gpu_and_back(tmp_path, few, monkeypatch
 
 SLOW = """
 import os, time
-import config, data, train
-few = data.load_shapes(400, 100)
+import config, datasets, train
+few = datasets.load_shapes(400, 100)
 train.load_dataset = lambda *_: few
 def slow(*batch):
     print("a step", flush=True)
@@ -290,7 +291,7 @@ def test_a_damaged_checkpoint_is_refused_or_harmless(tmp_path, few, capsys):
                     train.run(config(tmp_path, "--epochs", "1", "--batch-size", "200", "--resume"))
                 else:
                     load_model(path)[0](torch.zeros(1, 3, 32, 32))
-            except data.InputError as error:
+            except datasets.InputError as error:
                 assert "\n" not in str(error) and name in str(error)
                 refused += 1
             assert not marker.exists()
@@ -311,8 +312,8 @@ def test_a_damaged_image_is_named_or_harmless(tmp_path):
         Image.fromarray(noise).save(whole, format={"jpg": "jpeg"}.get(suffix, suffix))
         path.write_bytes(next(damaged(whole.getvalue(), rng, tmp_path / "executed")))
         try:
-            data.load_dataset("folder", tmp_path)
-        except data.InputError as error:
+            datasets.load_dataset("folder", tmp_path)
+        except datasets.InputError as error:
             assert path.name in str(error) and "\n" not in str(error)
             refused += 1
         path.unlink()
@@ -332,11 +333,11 @@ def test_a_damaged_file_of_cifar_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "meta", dict(source.meta, md5=md5))
     for name in names:
         (folder / name).write_bytes(whole)
-    data.load_dataset("cifar10", tmp_path)
+    datasets.load_dataset("cifar10", tmp_path)
     for name, content in zip(names * 5, damaged(whole, random.Random(2), tmp_path / "executed")):
         (folder / name).write_bytes(content)
-        with pytest.raises(data.InputError, match=name):
-            data.load_dataset("cifar10", tmp_path)
+        with pytest.raises(datasets.InputError, match=name):
+            datasets.load_dataset("cifar10", tmp_path)
         (folder / name).write_bytes(whole)
     assert not (tmp_path / "executed").exists()
 
@@ -347,9 +348,9 @@ def test_a_second_run_of_the_same_name_is_refused_and_a_crash_leaves_no_lock(tmp
     code = "import sys, time, checkpoint; checkpoint.lock(sys.argv[1]); print('locked', flush=True); time.sleep(60)"
     other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(data.InputError, match="another run"):
+    with pytest.raises(datasets.InputError, match="another run"):
         lock(tmp_path)
-    with pytest.raises(data.InputError, match="another run"):  # not "no last.pt": one may come
+    with pytest.raises(datasets.InputError, match="another run"):  # not "no last.pt": one may come
         open_run(config(tmp_path.parent, "--name", tmp_path.name, "--resume"))
     other.kill(), other.wait()
     lock(tmp_path)
@@ -399,8 +400,8 @@ def test_saving_takes_one_percent_of_the_time_however_short_the_epochs(tmp_path,
 
 MEMORY = """
 import sys
-import checkpoint, config, data, train
-few = data.load_shapes(400, 100)
+import checkpoint, config, datasets, train
+few = datasets.load_shapes(400, 100)
 train.load_dataset = lambda *_: few
 peaks = []
 def watch(*batch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import datasets
 import show
 import train
 from checkpoint import load_model
@@ -40,7 +40,7 @@ def runs(tmp_path_factory):
 
 
 def test_augment_says_that_cifar_was_not_found(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(show, "load_dataset", lambda *_: data.load_shapes(100, 20))
+    monkeypatch.setattr(show, "load_dataset", lambda *_: datasets.load_shapes(100, 20))
     call(monkeypatch, tmp_path, "augment", "--count", 2)
     assert "data set shapes, as CIFAR-10 was not found\n" in capsys.readouterr().out
 
@@ -50,7 +50,7 @@ def test_augment_shows_the_images_and_what_became_of_them(tmp_path, monkeypatch,
     assert "data set shapes\n" in capsys.readouterr().out
     picture = Image.open(tmp_path / "augment.png").convert("RGB")
     assert picture.size == (120 + 4 * 100, 8 * 120)
-    first = data.load_dataset("shapes").train_images[0]
+    first = datasets.load_dataset("shapes").train_images[0]
     assert picture.getpixel((120 + 1, 1)) == tuple(first[:, 0, 0].tolist())  # scaled up by 3
     assert picture.getpixel((120 + 46, 46)) == tuple(first[:, 15, 15].tolist())
 
@@ -61,7 +61,7 @@ def test_augment_has_a_row_for_each_augmentation(tmp_path, monkeypatch):
     call(monkeypatch, tmp_path, "augment", "--dataset", "shapes", "--count", 6)
     rows, titles, captions, _ = drawn
     plain, cropped, trivial, jittered, erased, mixed, pasted, together = rows
-    dataset = data.load_dataset("shapes")
+    dataset = datasets.load_dataset("shapes")
     torch.testing.assert_close(plain, dataset.train_images[:6] / 255)
     for row, title in zip(rows[1:], titles[1:]):
         assert row.shape == plain.shape and (row - plain).abs().max() > 0.05, title
@@ -132,7 +132,7 @@ def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
     call(monkeypatch, tmp_path, "confusion", "--model", path)  # the model knows that it is of shapes
     out = capsys.readouterr().out
     model, about = load_model(path)
-    shapes = data.load_dataset("shapes")
+    shapes = datasets.load_dataset("shapes")
     images = (shapes.test_images.float() / 255 - about["mean"]) / about["std"]
     with torch.no_grad():
         choice = model(images).argmax(1)
@@ -146,7 +146,7 @@ def test_confusion_counts_every_image(tmp_path, monkeypatch, runs, capsys):
     assert rows.diag().sum().item() == pytest.approx(1000 * accuracy[0], abs=0.6)
     assert rows.sum() == 1000 and (rows - counts).abs().sum() <= 4  # near ties may end either way
     assert [float(line[1]) for line in lines] == pytest.approx((rows.diag() / rows.sum(1)).tolist(), abs=0.001)
-    assert [line[0] for line in lines] == list(data.SHAPES)
+    assert [line[0] for line in lines] == list(datasets.SHAPES)
 
 
 def test_confusion_leaves_the_test_set_alone_if_the_run_did(tmp_path, monkeypatch, capsys):
@@ -158,12 +158,12 @@ def test_confusion_leaves_the_test_set_alone_if_the_run_did(tmp_path, monkeypatc
     monkeypatch.setattr(show, "probabilities", lambda *given: seen.append(given[1]) or probabilities(*given))
     call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt")
     assert capsys.readouterr().out.splitlines()[0] == "shapes, 500 hold-out images"
-    held_out = data.load_dataset("shapes", hold_out=500, seed=3)
+    held_out = datasets.load_dataset("shapes", hold_out=500, seed=3)
     assert torch.equal(seen[0].test_images, held_out.test_images)
 
     def no_network(*_):
         raise ConnectionError
-    monkeypatch.setattr(data, "load_cifar", no_network)  # so auto is shapes too
+    monkeypatch.setattr(datasets, "load_cifar", no_network)  # so auto is shapes too
     call(monkeypatch, tmp_path, "confusion", "--model", "h/model.pt", "--dataset", "auto")
     assert capsys.readouterr().out.splitlines()[0] == "shapes, 500 hold-out images"
     path = tmp_path / "h" / "model.pt"
@@ -192,7 +192,7 @@ def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path,
     assert model == "model runs/hybrid/model.pt"
     for line, name in zip(lines, ("grey.png", "small.png"), strict=True):
         shares = re.findall(r"(\w+) ([\d.]+)%", line)
-        assert line.startswith(name + ": ") and len(shares) == 3 and shares[0][0] in data.SHAPES
+        assert line.startswith(name + ": ") and len(shares) == 3 and shares[0][0] in datasets.SHAPES
         assert float(shares[0][1]) >= float(shares[1][1]) >= float(shares[2][1])
     for name in ("runs/hybrid/model.pt", "runs/hybrid"):
         call(monkeypatch, tmp_path, "predict", "--model", name, "grey.png", "small.png")
@@ -202,7 +202,7 @@ def test_predict_takes_pictures_of_any_size_and_finds_the_newest_model(tmp_path,
 
 
 def test_predict_says_what_the_model_says(tmp_path, monkeypatch, runs, capsys):
-    image, path = data.load_dataset("shapes").test_images[0], runs / "hybrid" / "model.pt"
+    image, path = datasets.load_dataset("shapes").test_images[0], runs / "hybrid" / "model.pt"
     show.to_pil_image(image).save(tmp_path / "s.png")
     call(monkeypatch, tmp_path, "predict", "--model", path, "s.png")
     model, about = load_model(path)
@@ -270,7 +270,7 @@ def test_epochs_that_a_killed_run_did_twice_count_once(tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert show.read_log(tmp_path / "log.jsonl") == lines[:2] + lines[4:]
     (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')
-    with pytest.raises(data.InputError, match="not a log"):
+    with pytest.raises(datasets.InputError, match="not a log"):
         show.read_log(tmp_path / "log.jsonl")
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-import data
+import datasets
 import distill
 import show
 import train
@@ -85,7 +85,7 @@ def test_presets_fill_what_the_command_line_leaves_open():
 
 @pytest.mark.parametrize("field, value", [("schedule", "Linear"), ("size", "small"), ("pool", "max")])
 def test_a_config_from_python_is_checked_as_the_command_line_is(field, value):
-    with pytest.raises(data.InputError, match=f"--{field} must be one of .*{value}"):
+    with pytest.raises(datasets.InputError, match=f"--{field} must be one of .*{value}"):
         resolve(train.Config(**{field: value}))
 
 
@@ -130,7 +130,7 @@ def test_the_exit_status_and_stderr_of_a_real_process(tmp_path):
 def test_a_wrong_name_is_found_out_before_the_data_is_loaded(flags, words, monkeypatch, tmp_path):
     (tmp_path / "taken").mkdir()
     monkeypatch.setattr(train, "load_dataset", lambda *_: pytest.fail("it would be downloaded"))
-    with pytest.raises(data.InputError, match=words):
+    with pytest.raises(datasets.InputError, match=words):
         run(tmp_path, *flags)
 
 
@@ -237,7 +237,7 @@ def test_every_parameter_is_in_one_group_with_its_rate_and_decay(kind):
 
 @pytest.mark.parametrize("name", ["vit", "hybrid", "resnet18"])
 def test_the_first_layer_starts_whitened_unless_that_is_off(name):
-    shapes, flags = data.load_shapes(500, 10), ["--size", "tiny", "--device", "cpu", "--model", name]
+    shapes, flags = datasets.load_shapes(500, 10), ["--size", "tiny", "--device", "cpu", "--model", name]
     on, off = (train.make_model(config(*flags, "--whiten", choice), shapes).state_dict() for choice in ("on", "off"))
     torch.manual_seed(0)
     model = build_model(name, **model_options(config(*flags), 10))
@@ -270,7 +270,7 @@ def test_a_run_learns_logs_and_keeps_a_model_that_loads(tmp_path, capsys):
     assert end["test_accuracy"] == accuracy == epochs[-1]["accuracy"] and end["peak_memory_bytes"] > 1e8
 
     model, about = load_model(tmp_path / "a" / "model.pt")
-    shapes = data.load_dataset("shapes")
+    shapes = datasets.load_dataset("shapes")
     images = (shapes.test_images.float() / 255 - about["mean"]) / about["std"]
     found = (model(images).argmax(1) == shapes.test_labels).float().mean().item()
     assert found == pytest.approx(accuracy, abs=0.02)  # bf16 there, float32 here
@@ -312,7 +312,7 @@ def test_the_average_of_every_steps_weights_is_evaluated_and_kept(tmp_path, monk
                         or evaluate(model, *rest))
     settings = config("--dataset", "shapes", "--model", "resnet18", "--size", "tiny", "--device", "cpu", "--epochs",
                       "1", "--batch-size", "25", "--ema", "0.7", "--out", str(tmp_path), "--name", "a")
-    train.run(settings, dataset=data.load_shapes(800, 100))
+    train.run(settings, dataset=datasets.load_shapes(800, 100))
     average, *states = states
     assert len(states) == 32
     for step, state in enumerate(states):
@@ -328,7 +328,7 @@ def test_the_average_of_every_steps_weights_is_evaluated_and_kept(tmp_path, monk
 def test_the_accuracy_is_that_of_all_images_whatever_the_batch_size():
     levels = torch.arange(70, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     labels = (torch.arange(70) + (torch.arange(70) >= 23)) % 10  # the model below is right about the first 23
-    greys = data.Dataset("greys", list("abcdefghij"), levels, labels, levels, labels)
+    greys = datasets.Dataset("greys", list("abcdefghij"), levels, labels, levels, labels)
 
     class Reads(nn.Module):
         def forward(self, images):
@@ -354,7 +354,7 @@ def test_fp16_leads_to_the_weights_that_float32_leads_to(tmp_path):
     for amp in ("off", "fp16"):
         run(tmp_path, *flags, "--amp", amp, "--name", amp)
         ends.append(flat(load(tmp_path / amp / "model.pt")["state_dict"]))
-    start = flat(train.make_model(config(*SMALL, *flags), data.load_dataset("shapes")).state_dict())
+    start = flat(train.make_model(config(*SMALL, *flags), datasets.load_dataset("shapes")).state_dict())
     assert torch.dist(*ends) < 0.1 * torch.dist(start, ends[0])
 
 
@@ -419,7 +419,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
         return loss * (math.nan if broken.step == 20 else 1), parts
     broken.step = -1
     settings = config(*SMALL, "--out", str(tmp_path), "--name", "nan", "--epochs", "3")  # 16 steps an epoch
-    with pytest.raises(data.InputError, match="nan at step 20"):
+    with pytest.raises(datasets.InputError, match="nan at step 20"):
         train.run(settings, broken)
     checkpoint = load(tmp_path / "nan" / "last.pt")
     assert checkpoint["step"] == 16 and all(torch.isfinite(p).all() for p in checkpoint["model"].values())
@@ -437,12 +437,12 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     whole = (tmp_path / "a" / "model.pt").read_bytes()
     for content in (b"", whole[: len(whole) // 2], b"not a checkpoint", whole[:-100]):
         (tmp_path / "broken.pt").write_bytes(content)
-        with pytest.raises(data.InputError, match="broken.pt"):
+        with pytest.raises(datasets.InputError, match="broken.pt"):
             load_model(tmp_path / "broken.pt")
-    with pytest.raises(data.InputError, match="last.pt"):
+    with pytest.raises(datasets.InputError, match="last.pt"):
         load_model(tmp_path / "a" / "last.pt")
     (tmp_path / "a" / "last.pt").write_bytes(whole[:-100])
-    with pytest.raises(data.InputError, match="last.pt: it is damaged.*starts again with --overwrite"):
+    with pytest.raises(datasets.InputError, match="last.pt: it is damaged.*starts again with --overwrite"):
         run(tmp_path, "--name", "a", "--epochs", "1", "--patch-size", "16", "--resume")
 
 
@@ -474,12 +474,12 @@ def test_a_finished_run_that_is_resumed_stays_as_it_is(tmp_path, capsys):
     assert run(tmp_path, *flags, "--resume")[0] == accuracy
     assert same(load(path), content)
     path.unlink()  # as if it had been stopped on the way to more epochs: it is not at the end of fewer
-    with pytest.raises(data.InputError, match="at step 32 of 2 epochs, and 1 would end at 16: ask for more"):
+    with pytest.raises(datasets.InputError, match="at step 32 of 2 epochs, and 1 would end at 16: ask for more"):
         run(tmp_path, *flags, "--resume", "--epochs", "1")
     last = tmp_path / "f" / "last.pt"
     content = load(last)
     torch.save(dict(content, config=dict(content["config"], epochs=4)), last)  # as if stopped at the half of four
-    with pytest.raises(data.InputError, match="at step 32 of 4 epochs, and 2 would end at 32: ask for more"):
+    with pytest.raises(datasets.InputError, match="at step 32 of 4 epochs, and 2 would end at 32: ask for more"):
         run(tmp_path, *flags, "--resume")
     assert not path.exists()
 
@@ -494,10 +494,10 @@ def test_a_run_that_ends_on_a_full_disk_can_be_finished(tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:-100])
 
     def full(content, path):
-        raise data.InputError(f"cannot write {path}")
+        raise datasets.InputError(f"cannot write {path}")
     with monkeypatch.context() as patch:
         patch.setattr(train, "save", full)
-        with pytest.raises(data.InputError, match="model.pt"):
+        with pytest.raises(datasets.InputError, match="model.pt"):
             run(tmp_path, *flags, "--resume")
     assert not model.exists()
     assert run(tmp_path, *flags, "--resume")[0] == accuracy and same(load(model), weights)
@@ -535,17 +535,17 @@ def test_an_option_that_is_newer_than_the_run_may_be_off():
 
 def test_a_resumed_run_that_misses_cifar_names_the_cause(tmp_path, monkeypatch, capsys):
     flags = ["--name", "c", "--epochs", "1", "--patch-size", "16", "--batch-size", "100", "--dataset", "auto"]
-    few = data.load_shapes(400, 100)
+    few = datasets.load_shapes(400, 100)
     monkeypatch.setattr(train, "load_dataset", lambda *_: dataclasses.replace(few, name="cifar10"))
     run(tmp_path, *flags)
     monkeypatch.setattr(train, "load_dataset", lambda *_: few)
-    with pytest.raises(data.InputError, match="of cifar10, not on these 400 of shapes, as CIFAR-10 was not found: "):
+    with pytest.raises(datasets.InputError, match="of cifar10, not on these 400 of shapes, as CIFAR-10 was not found"):
         run(tmp_path, *flags, "--resume")
     run(tmp_path, *flags, "--overwrite")
     run(tmp_path, *flags, "--resume")
     assert re.search("CIFAR-10 was not found, so .*has had its 1 epochs", capsys.readouterr().out)
     monkeypatch.setattr(train, "load_dataset", lambda *_: dataclasses.replace(few, name="cifar10"))
-    with pytest.raises(data.InputError, match="on shapes, as CIFAR-10 was not found then: start again"):
+    with pytest.raises(datasets.InputError, match="on shapes, as CIFAR-10 was not found then: start again"):
         run(tmp_path, *flags, "--resume")
 
 
@@ -553,9 +553,9 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch):
     """As many, and of classes of the same names. A checkpoint that does not know their mean colour goes on."""
     flags = ["--name", "o", "--epochs", "1", "--patch-size", "16", "--batch-size", "100"]
     for seed, more in ((0, []), (1, ["--resume"])):
-        monkeypatch.setattr(train, "load_dataset", lambda *_: data.load_shapes(400, 100, seed))
+        monkeypatch.setattr(train, "load_dataset", lambda *_: datasets.load_shapes(400, 100, seed))
         if more:
-            with pytest.raises(data.InputError, match="trained on .* images of shapes, not on these .*--data-dir"):
+            with pytest.raises(datasets.InputError, match="trained on .* images of shapes, not on these .*--data-dir"):
                 run(tmp_path, *flags, *more)
         else:
             run(tmp_path, *flags)
@@ -571,7 +571,7 @@ def test_auto_falls_back_to_shapes_and_says_so_first_and_last(tmp_path, capsys, 
         raise OSError("no network")
     monkeypatch.delenv("DATA_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data.torchvision.datasets.CIFAR10, "download", unreachable)
+    monkeypatch.setattr(datasets.torchvision.datasets.CIFAR10, "download", unreachable)
     _, log = run(tmp_path, "--name", "f", "--epochs", "1", "--patch-size", "16", "--dataset", "auto")
     lines = capsys.readouterr().out.splitlines()
     assert any("shapes data set" in line for line in lines[:2]) and "shapes data set" in lines[-1]
@@ -606,7 +606,7 @@ def test_without_amp_a_gpu_computes_in_tf32_and_is_said_to():
 
 
 def test_all_processes_take_the_data_set_that_the_first_one_found(monkeypatch):
-    loaded, told, few = [], [], data.load_shapes(20, 10)
+    loaded, told, few = [], [], datasets.load_shapes(20, 10)
     monkeypatch.setattr(train, "load_dataset", lambda name, *_: loaded.append(name) or few)
     monkeypatch.setattr(train.dist, "broadcast_object_list", lambda found: told.append(found[0]))
     monkeypatch.setattr(train, "join_processes", lambda _: (0, 2))
@@ -640,7 +640,7 @@ def test_nothing_is_compiled_after_the_first_epoch_and_checkpoints_keep_their_na
 @pytest.mark.skipif(not os.path.isdir(os.path.join(os.environ.get("DATA_DIR", ""), "cifar-10-batches-py")),
                     reason="needs $DATA_DIR with cifar-10-batches-py")
 def test_the_hybrid_passes_40_percent_on_cifar10_after_sixty_steps(tmp_path):
-    dataset = data.load_dataset("cifar10")
+    dataset = datasets.load_dataset("cifar10")
     few = dataclasses.replace(
         dataset, train_images=dataset.train_images[:6000], train_labels=dataset.train_labels[:6000],
         test_images=dataset.test_images[:1000], test_labels=dataset.test_labels[:1000])
@@ -668,7 +668,7 @@ def test_every_model_trains_on_a_gpu(tmp_path, model, size, amp):
 @pytest.mark.parametrize("model", ["vit", "hybrid", "hybrid --encoder builtin", "resnet18"])
 def test_inside_an_epoch_no_step_waits_for_the_gpu_and_nothing_is_compiled_anew(tmp_path, model, monkeypatch):
     from torch._dynamo.utils import counters
-    steps, graphs, shapes = [], [], data.load_shapes(12_000, 500)
+    steps, graphs, shapes = [], [], datasets.load_shapes(12_000, 500)
     monkeypatch.setattr(train, "load_dataset", lambda *_: shapes)
 
     def watch(*batch):
