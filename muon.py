@@ -85,14 +85,18 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, momentum=0.95, weight_decay=0.0, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
         self.work = []  # for each group the tensors of its updates, and the function that makes them orthogonal
-        for group in self.param_groups:
-            if any(p.ndim < 2 for p in group["params"]):
-                raise ValueError("Muon is for matrices and kernels: biases, norms and the like are for AdamW")
-            updates = [torch.zeros_like(p) for p in group["params"]]
-            make_orthogonal = partial(orthogonal_updates, updates, dtype)
-            self.work.append((updates, capture_graph(make_orthogonal) if updates[0].is_cuda else make_orthogonal))
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    def add_param_group(self, group):  # torch's __init__ calls it for each group as well
+        super().add_param_group(group)
+        params = self.param_groups[-1]["params"]
+        if any(p.ndim < 2 for p in params):
+            raise ValueError("Muon is for matrices and kernels: biases, norms and the like are for AdamW")
+        updates = [torch.zeros_like(p) for p in params]
+        make_orthogonal = partial(orthogonal_updates, updates, self.dtype)
+        self.work.append((updates, capture_graph(make_orthogonal) if updates[0].is_cuda else make_orthogonal))
 
     @torch.no_grad()
     def step(self):

@@ -26,6 +26,20 @@ def test_muon_is_torchs_muon_and_takes_a_kernel_as_the_matrix_of_its_patches(dty
         assert (p.flatten(1) - q).norm() < 0.025 * (q - start.flatten(1)).norm()
 
 
+def test_a_group_that_is_added_later_is_trained_as_one_from_the_start():
+    weights = [torch.randn(16, 8), torch.randn(8, 16)]
+    together, later = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
+    muons = [Muon([dict(params=together[:1]), dict(params=together[1:])], lr=0.1), Muon(later[:1], lr=0.1)]
+    muons[1].add_param_group(dict(params=later[1:]))
+    for p, q in zip(together, later):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad
+    for muon in muons:
+        muon.step()
+    for p, q, start in zip(together, later, weights):
+        assert torch.equal(p, q) and not torch.equal(p, start)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_muon_is_one_launch_and_steps_as_on_a_cpu():
     weights = [torch.randn(40, 4, 3, 3).to(memory_format=torch.channels_last), torch.randn(16, 8), torch.randn(16, 8)]
