@@ -316,7 +316,13 @@ def count_steps(config, images, processes):
 stopped_by = []  # the signal that asked the run to stop, once one did
 
 
-def on_signal(number, _):
+def stop_at_once(number, _):
+    """Ctrl-C or SIGTERM while the data is loaded or the model made: there is nothing to save yet."""
+    print("\nstopped before the first step", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def stop_after_step(number, _):
     """Ctrl-C or SIGTERM: the loop finishes its step, saves, and says how to go on. A second one ends it at once."""
     stopped_by.append(number)
     signal.signal(number, signal.SIG_DFL)
@@ -462,6 +468,10 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is stop_at_once:  # as main has it; whoever calls run keeps their own
+            signal.signal(number, stop_after_step)
+
     # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, optimizers, average.
     start_step, first_step_seconds, training_start = step, None, time.perf_counter()
     time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - start_step))
@@ -548,8 +558,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
 def main(config_class=Config, start=lambda config: run(resolve(config)), description=__doc__):
     """Run the command line. What the person can fix ends in one sentence on stderr and a non-zero exit status."""
     if "LOCAL_RANK" not in os.environ:  # torchrun ends its processes by itself, and they could not agree on a step
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, stop_at_once)
+        signal.signal(signal.SIGTERM, stop_at_once)
     try:
         start(parse_config(config_class, description=description))
         if dist.is_initialized():

@@ -221,6 +221,24 @@ def test_a_signal_ends_the_run_after_its_step_and_a_second_one_at_once(tmp_path,
     assert ("--resume" in out) == (tmp_path / "a" / "last.pt").exists() == (not again)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_data_is_loaded_ends_the_run_at_once(tmp_path, number):
+    loading = """
+import time, train
+def load(*_):
+    print("loading", flush=True)
+    time.sleep(60)
+train.load_dataset = load
+train.main()
+"""
+    process = subprocess.Popen([sys.executable, "-c", loading, *SMALL, "--out", str(tmp_path)], text=True, cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number and err == "\nstopped before the first step\n"
+
+
 # ---- A disk or a memory that is too small
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(tmp_path):
