@@ -4,6 +4,7 @@ Nothing here knows how a model is trained: `run` in train.py says what is saved,
 """
 
 import dataclasses
+import json
 import os
 import platform
 import subprocess
@@ -41,6 +42,14 @@ def save(content, path):
             raise
         raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}): the disk may be full; make room, and go "
                          "on with --resume") from None
+
+
+def append_line(path, values):
+    """Add a dict to a log of JSON lines. It is on the disk before the checkpoint that follows it."""
+    with open(path, "a") as file:
+        file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path, advice="; a run's model.pt comes back if you delete it and give the run's command with --resume"):

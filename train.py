@@ -17,7 +17,6 @@ import ctypes
 import dataclasses
 import errno
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -34,8 +33,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (check_folder, describe_machine, git_commit, load, load_last, open_run, out_of_memory,
-                        peak_memory, precision_name, save)
+from checkpoint import (append_line, check_folder, describe_machine, git_commit, load, load_last, open_run,
+                        out_of_memory, peak_memory, precision_name, save)
 from config import AUGMENTATION, Config, model_options, parse_config, resolve
 from data import entropy, test_batches, train_batches
 from datasets import InputError, load_dataset
@@ -356,6 +355,21 @@ def restore(checkpoint, stateful, data, config):
                          "--overwrite") from None
 
 
+def is_finished(config, step, total_steps, epochs_before, processes):
+    """Whether a run that is at its last step or beyond has written its model.pt.
+
+    InputError if it has not, and its last.pt is of a schedule of more steps, `epochs_before`, than it is to end with.
+    """
+    path = os.path.join(config.folder, "model.pt")
+    finished = os.path.exists(path) and load(path).get("step") == step
+    if processes > 1:
+        dist.barrier()  # all have looked before the first one writes it
+    if (step > total_steps or config.epochs != epochs_before) and not finished:
+        raise InputError(f"{config.folder}/last.pt is at step {step} of {epochs_before} epochs, and {config.epochs} "
+                         f"would end at {total_steps}: ask for more with --epochs")
+    return finished
+
+
 def run(config, loss_function=cross_entropy, dataset=None, **about):
     """Train one model as the resolved config says. Returns the accuracy after the last epoch.
 
@@ -414,12 +428,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         epochs_before = checkpoint["config"]["epochs"]
         del checkpoint  # and its copy of the weights
         if step >= total_steps:  # it has had its last epoch, and may have been stopped before it wrote model.pt
-            finished = os.path.exists(model_path) and load(model_path).get("step") == step
-            if processes > 1:
-                dist.barrier()  # all have looked before the first one writes it
-            if (step > total_steps or config.epochs != epochs_before) and not finished:  # its schedule is another
-                raise InputError(f"{folder}/last.pt is at step {step} of {epochs_before} epochs, and {config.epochs} "
-                                 f"would end at {total_steps}: ask for more with --epochs")
+            finished = is_finished(config, step, total_steps, epochs_before, processes)
             accuracy = evaluate(ema_model, dataset, config.batch_size, autocast)
             if finished:
                 print(f"{note}{folder} has had its {step // steps_per_epoch} epochs already, {dataset.test_split} "
@@ -447,12 +456,8 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
             raise SystemExit(128 + stopped_by[0])
 
     def log(event, **values):
-        if rank > 0:
-            return
-        with open(os.path.join(folder, "log.jsonl"), "a") as file:
-            file.write(json.dumps(dict(event=event, **values)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # on the disk before the checkpoint that follows it
+        if rank == 0:
+            append_line(os.path.join(folder, "log.jsonl"), dict(event=event, **values))
 
     parameters = sum(p.numel() for p in model.parameters())
     flops = count_flops(config.model, options, dataset.train_images.shape[1:])
