@@ -53,8 +53,8 @@ class LayerScale(nn.Module):
 
     x (..., D) -> the same shape. All D factors start at `init`; 1 starts as a plain pre-norm Transformer. A small start
     makes every block begin near the identity, which lets deep encoders train: the paper has 0.1 for up to 18 blocks,
-    and less for more. ViTs of 4 and 6 blocks did not need it here, and learnt more slowly with it (README, "What the
-    runs say").
+    and less for more. ViTs of 4 and 6 blocks did not need it here, and learnt more slowly with it (results/README.md,
+    "What the runs say").
     """
 
     def __init__(self, dim, init=1.0):
