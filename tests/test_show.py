@@ -17,7 +17,7 @@ import datasets
 import show
 import train
 from checkpoint import load_model
-from config import parse_config, resolve
+from config import FIXED, parse_config, resolve
 
 ROOT = Path(train.__file__).parent
 
@@ -30,12 +30,15 @@ def call(monkeypatch, tmp_path, *arguments):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with the runs of a ViT with a class token and of a hybrid, both tiny."""
+    """A folder with the runs of a ViT with a class token and of a hybrid with a narrow trunk, both tiny."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (("vit", ["--patch-size", "8", "--heads", "2", "--pool", "cls"]), ("hybrid", ["--heads", "2"])):
-        argv = ["--model", name, "--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--epochs", "1",
-                "--dim", "16", "--compile", "off", "--depth", "2", "--out", str(folder), "--name", name, *flags]
-        train.run(resolve(parse_config(argv=argv)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FIXED, ("hybrid", "tiny"), dict(FIXED["hybrid", "tiny"], widths=(8, 16, 32, 64)))
+        for name, flags in (("vit", ["--patch-size", "8", "--pool", "cls"]), ("hybrid", [])):
+            argv = ["--model", name, "--dataset", "shapes", "--size", "tiny", "--device", "cpu", "--epochs", "1",
+                    "--dim", "16", "--heads", "2", "--depth", "2", "--compile", "off", "--out", str(folder), "--name",
+                    name, *flags]
+            train.run(resolve(parse_config(argv=argv)))
     return folder
 
 
