@@ -89,10 +89,11 @@ class Muon(torch.optim.Optimizer):
         self.work = []  # for each group the tensors of its updates, and the function that makes them orthogonal
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
-    def add_param_group(self, group):  # torch's __init__ calls it for each group as well
-        super().add_param_group(group)
+    def add_param_group(self, param_group):  # torch's __init__ calls it for each group as well
+        super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         if any(p.ndim < 2 for p in params):
+            self.param_groups.pop()
             raise ValueError("Muon is for matrices and kernels: biases, norms and the like are for AdamW")
         updates = [torch.zeros_like(p) for p in params]
         make_orthogonal = partial(orthogonal_updates, updates, self.dtype)

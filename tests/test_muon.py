@@ -30,6 +30,8 @@ def test_a_group_that_is_added_later_is_trained_as_one_from_the_start():
     weights = [torch.randn(16, 8), torch.randn(8, 16)]
     together, later = ([nn.Parameter(weight.clone()) for weight in weights] for _ in range(2))
     muons = [Muon([dict(params=together[:1]), dict(params=together[1:])], lr=0.1), Muon(later[:1], lr=0.1)]
+    with pytest.raises(ValueError, match="biases"):
+        muons[1].add_param_group(dict(params=[nn.Parameter(torch.zeros(3))]))
     muons[1].add_param_group(dict(params=later[1:]))
     for p, q in zip(together, later):
         p.grad = torch.randn_like(p)
