@@ -315,6 +315,13 @@ def count_steps(config, images, processes):
 stopped_by = []  # the signal that asked the run to stop, once one did
 
 
+def on_signal(handler, instead_of):
+    """Let Ctrl-C and SIGTERM call the handler, where they called the other one: whoever calls run keeps their own."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is instead_of:
+            signal.signal(number, handler)
+
+
 def stop_at_once(number, _):
     """Ctrl-C or SIGTERM while the data is loaded or the model made: there is nothing to save yet."""
     print("\nstopped before the first step", file=sys.stderr)
@@ -358,7 +365,7 @@ def restore(checkpoint, stateful, data, config):
 def is_finished(config, step, total_steps, epochs_before, processes):
     """Whether a run that is at its last step or beyond has written its model.pt.
 
-    InputError if it has not, and its last.pt is of a schedule of more steps, `epochs_before`, than it is to end with.
+    InputError if it has not, and its last.pt is of another number of epochs, `epochs_before`, than it is to end with.
     """
     path = os.path.join(config.folder, "model.pt")
     finished = os.path.exists(path) and load(path).get("step") == step
@@ -473,10 +480,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
           f"{'compiled (the first steps wait for it)' if compiled else 'not compiled'}")
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is stop_at_once:  # as main has it; whoever calls run keeps their own
-            signal.signal(number, stop_after_step)
-
+    on_signal(stop_after_step, instead_of=stop_at_once)
     # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, optimizers, average.
     start_step, first_step_seconds, training_start = step, None, time.perf_counter()
     time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - start_step))
@@ -554,6 +558,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
         save(dict(model=config.model, options=options, dataset=dataset.name, hold_out=config.hold_out,
                   seed=config.seed, classes=dataset.classes, mean=dataset.mean.cpu(), std=dataset.std.cpu(), step=step,
                   state_dict=weights), model_path)
+    on_signal(stop_at_once, instead_of=stop_after_step)  # a student may follow
     print(f"{note}{dataset.test_split} accuracy {accuracy:.4f} (last epoch, no TTA) in {seconds:.0f} s, {model_path}")
     if processes > 1:
         dist.barrier()  # nobody leaves before the files are written

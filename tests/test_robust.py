@@ -239,6 +239,21 @@ train.main()
     assert process.returncode == 128 + number and err == "\nstopped before the first step\n"
 
 
+def test_only_between_the_first_step_and_the_end_does_a_signal_wait_for_a_step(tmp_path, few):
+    """Not while a student is made after its teacher's run. A handler that is not main's stays."""
+    during = []
+
+    def loss(*batch):
+        during.append([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)])
+        return train.cross_entropy(*batch)
+    signal.signal(signal.SIGINT, train.stop_at_once)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    train.run(config(tmp_path, "--epochs", "1", "--batch-size", "200"), loss)
+    assert during == [[train.stop_after_step, signal.SIG_DFL]] * 2
+    assert signal.getsignal(signal.SIGINT) is train.stop_at_once
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 # ---- A disk or a memory that is too small
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(tmp_path):
