@@ -448,7 +448,7 @@ def traps(args):
         for name in ("vit", "hybrid"):
             speeds = {False: [], True: []}
             for kept in (False, True) * args.windows:  # in turns
-                speeds[kept].append(alone(command_line(args, name, args.size), 1, args.seconds, kept)[0])
+                speeds[kept].append(alone(command_line(args, name, args.size), 1, args.seconds, kept=kept)[0])
             for kept, found in speeds.items():
                 report(f"{args.size} {name}, freed memory {'kept' if kept else 'given back'}",
                        "out of memory" if None in found else f"{statistics.median(found):.0f} images/s")
