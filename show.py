@@ -16,6 +16,7 @@ import dataclasses
 import glob
 import json
 import os
+import signal
 import statistics
 import string
 import sys
@@ -407,6 +408,7 @@ COMMANDS = dict(augment=augment, attention=attention, curves=curves, confusion=c
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", metavar="COMMAND", help="see above", choices=COMMANDS)
     parser.add_argument("paths", nargs="*", default=[], help="pictures for predict; runs or their logs for curves")
