@@ -324,7 +324,8 @@ def on_signal(handler, instead_of):
 
 def stop_at_once(number, _):
     """Ctrl-C or SIGTERM while the data is loaded or the model made: there is nothing to save yet."""
-    print("\nstopped before the first step: start again, with --overwrite if its folder is there", file=sys.stderr)
+    print("\nstopped before the first step: a new run starts again with --overwrite, a resumed one with --resume",
+          file=sys.stderr)
     sys.exit(128 + number)
 
 
