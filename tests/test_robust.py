@@ -236,7 +236,8 @@ train.main()
     assert process.stdout.readline() == "loading\n"
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 128 + number and err.startswith("\nstopped before the first step: ") and err.count("\n") == 2
+    assert process.returncode == 128 + number
+    assert err.startswith("\nstopped before the first step: ") and err.count("\n") == 2
 
 
 def test_only_between_the_first_step_and_the_end_does_a_signal_wait_for_a_step(tmp_path, few):
