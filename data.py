@@ -7,6 +7,7 @@ the augmentations. The data sets are in datasets.py.
 Targets are always soft: a row of K probabilities for each image, from one-hot, then label smoothing, then Mixup or
 CutMix. So there is one cross-entropy, and the mean entropy of the rows is a floor that it cannot go below.
 
+    from datasets import load_dataset
     dataset = load_dataset("cifar10", "data").to("cuda")
     for images, targets in train_batches(dataset, epoch=0, batch_size=500, seed=0, label_smoothing=0.1): ...
 

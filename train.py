@@ -482,6 +482,7 @@ def run(config, loss_function=cross_entropy, dataset=None, **about):
     print("epoch  train loss  floor  accuracy        lr  images/s  elapsed    left", flush=True)
 
     on_signal(stop_after_step, instead_of=stop_at_once)
+
     # The epochs. One step is a paragraph: batch, forward pass, loss, backward pass, optimizers, average.
     start_step, first_step_seconds, training_start = step, None, time.perf_counter()
     time_left = lambda: clock((total_steps - step) * (time.perf_counter() - training_start) / (step - start_step))

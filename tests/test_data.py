@@ -15,7 +15,6 @@ import data
 import datasets
 
 BILINEAR = tv.InterpolationMode.BILINEAR
-pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")
 
 byte = lambda images: (images * 255).round().to(torch.uint8)
 uniform = lambda n, low=0.0, high=1.0: torch.empty(n).uniform_(low, high).tolist()
